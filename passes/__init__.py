@@ -1,0 +1,35 @@
+"""The rewrites, one idea a file; each states its formula and when it is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reparam.passes.affine_chain import AffineAfterAffine
+from reparam.passes.no_op import RemoveNoOp
+from reparam.passes.norm_after import NormAfterLinear
+from reparam.passes.norm_before import NormBeforeLinear
+from reparam.passes.padding import PadBeforeConv
+from reparam.passes.parallel import ParallelBranches
+from reparam.rewrite import Rule
+
+__all__ = [
+    "AffineAfterAffine",
+    "NormAfterLinear",
+    "NormBeforeLinear",
+    "PadBeforeConv",
+    "ParallelBranches",
+    "RemoveNoOp",
+    "default",
+]
+
+
+def default() -> Sequence[Rule]:
+    """The rules that :func:`reparam.compile` applies, in the order in which they are tried at a node."""
+    return (
+        RemoveNoOp(),
+        NormAfterLinear(),
+        AffineAfterAffine(),
+        ParallelBranches(),
+        NormBeforeLinear(),
+        PadBeforeConv(),
+    )

@@ -1,0 +1,172 @@
+"""``f(x) + g(x) + x -> h(x)``: parallel branches, identities and residuals, n-ary sums grouped by source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad, parallel
+from reparam.emit import kernels_of
+from reparam.errors import AlgebraError
+from reparam.lift import Sum
+from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule, describe
+
+# A merged kernel may compute this much more than its branches did, plus so many multiply-adds per output number
+# and kernel saved: about what it costs to write a feature map and to read it again.
+_GROWTH = 1.5
+_ALLOWANCE = 16
+
+
+@dataclass(frozen=True)
+class _Term:
+    """``coefficient * operator(source)``; ``node`` holds ``operator(source)``."""
+
+    coefficient: float
+    node: Node
+    operator: Operator
+    source: Node
+
+    @property
+    def scaled(self) -> Operator:
+        if self.coefficient == 1.0:
+            return self.operator
+        match self.operator:
+            case Conv() | ChannelAffine():
+                return self.operator.scaled(self.coefficient)
+        raise AlgebraError("a scaled pool")
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the sum reads the source itself."""
+        return self.node is self.source
+
+
+class ParallelBranches(Rule):
+    """``W1*x + W2*x + x = (W1 + W2 + δ)*x`` for every group of terms that read the same ``x``.
+
+    The whole tree of additions, subtractions and scalar factors is one sum. Terms with the same source merge when
+    they have the same stride and, for every input size, the same output size; groups with other sources remain.
+    Three branches of RepVGG (Ding et al. 2021, arXiv 2101.03697), RepViT's depthwise token mixer (Wang et al. 2024,
+    arXiv 2307.09283), a residual around a single convolution and the mean of two linear heads are all this one rule.
+    """
+
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+        """The sum with every group of branches as one operator."""
+        if _sum_of(node, graph) is None or self._is_part_of_another(node, graph):
+            return None
+        terms = list(_terms(node, graph))
+        groups: dict[Node, list[_Term]] = {}
+        for term in terms:
+            groups.setdefault(term.source, []).append(term)
+        reasons: list[str] = []
+        merged = {source: _merge(group, graph, node, reasons) for source, group in groups.items()}
+        if not any(isinstance(value, Apply) for values in merged.values() for _, value in values):
+            return Missed("; ".join(dict.fromkeys(reasons))) if reasons else None
+        values = [value for group in merged.values() for value in group]
+        message = "merged " + ", ".join(
+            " + ".join(describe(term) for _, term in value.terms) for _, value in values if isinstance(value, Apply)
+        )
+        if len(values) == 1 and isinstance(values[0][1], Apply):
+            return Rewrite(((node, values[0][1]),), message)
+        return Rewrite(((node, Add(tuple(values))),), message)
+
+    def _is_part_of_another(self, node: Node, graph: Graph) -> bool:
+        """Whether a larger sum will take this one in."""
+        readers = graph.readers(node)
+        return len(node.users) == 1 == len(readers) and _sum_of(readers[0], graph) is not None
+
+
+def _sum_of(node: Node, graph: Graph) -> Sum | None:
+    """A node as a sum: additions, and scalar factors of one."""
+    operator = graph.op(node)
+    if isinstance(operator, Sum):
+        return operator
+    if isinstance(operator, ChannelAffine) and operator.axis is None and operator.shift is None:
+        source = graph.source(node)
+        if _sum_of(source, graph) is not None and len(source.users) == 1:
+            return Sum(((operator.scale.item(), source),))
+    return None
+
+
+def _terms(node: Node, graph: Graph, coefficient: float = 1.0) -> Iterator[_Term]:
+    """The terms of a sum, through the sums that only it reads."""
+    total = _sum_of(node, graph)
+    assert total is not None
+    for factor, term in total.terms:
+        if len(term.users) == 1 and _sum_of(term, graph) is not None:
+            yield from _terms(term, graph, coefficient * factor)
+        else:
+            yield _term(coefficient * factor, term, graph)
+
+
+def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
+    operator = graph.op(node)
+    if isinstance(operator, (Conv, ChannelAffine, AveragePool)) and len(graph.readers(node)) == 1:
+        return _Term(coefficient, node, operator, graph.source(node))
+    return _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
+
+
+def _merge(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str]) -> list[tuple[float, Node | Apply]]:
+    """The terms of one source, as few as they can be; what stands in the way goes to ``reasons``."""
+    clusters: list[list[_Term]] = []
+    for term in sorted(group, key=_size, reverse=True):
+        for cluster in clusters:
+            obstacle = _obstacle([*cluster, term], graph, node)
+            if obstacle is None:
+                cluster.append(term)
+                break
+            reasons.append(f"{describe(cluster[0].node)} and {describe(term.node)} stay apart: {obstacle}")
+        else:
+            clusters.append([term])
+    return [value for cluster in clusters for value in _value(cluster)]
+
+
+def _size(term: _Term) -> int:
+    return term.operator.multiply_adds if isinstance(term.operator, Conv) else -term.is_bare
+
+
+def _value(cluster: list[_Term]) -> list[tuple[float, Node | Apply]]:
+    if len(cluster) == 1 or all(term.is_bare for term in cluster):
+        return [(term.coefficient, term.node) for term in cluster]
+    operator = parallel([term.scaled for term in cluster])
+    return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
+
+
+def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
+    """Why the terms do not become one operator, or None when they should."""
+    if all(term.is_bare for term in cluster):
+        return None
+    reading = sorted(term.node for term in cluster if not term.is_bare) + [node]
+    if graph.is_changed_between(cluster[0].source, reading[0], reading[-1]):
+        return "their input may be changed in place between them"
+    for term in cluster:
+        if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, (Conv, ChannelAffine)):
+            return f"the shape of {describe(term.node)} is read"
+    try:
+        # Shapes decide, so numbers need not be computed to find out.
+        merged = parallel([_without_numbers(term.scaled) for term in cluster])
+    except AlgebraError as reason:
+        return str(reason)
+    before = sum(0 if term.is_bare else kernels_of(term.operator) for term in cluster) + len(cluster) - 1
+    saved = before - kernels_of(merged)
+    if saved <= 0:
+        return "one operator would launch as many kernels"
+    if isinstance(merged, Conv):
+        apart = sum(term.operator.multiply_adds for term in cluster if isinstance(term.operator, Conv))
+        if merged.multiply_adds > _GROWTH * apart + _ALLOWANCE * saved * merged.out_channels:
+            return f"one kernel would take {merged.multiply_adds / max(1, apart):.1f} times the multiply-adds"
+    return None
+
+
+def _without_numbers(operator: Operator) -> Operator:
+    match operator:
+        case Conv():
+            bias = None if operator.bias is None else operator.bias.to("meta")
+            return replace(operator, weight=operator.weight.to("meta"), bias=bias)
+        case ChannelAffine():
+            shift = None if operator.shift is None else operator.shift.to("meta")
+            return replace(operator, scale=operator.scale.to("meta"), shift=shift)
+        case AveragePool() | Pad():
+            return operator

@@ -1,0 +1,36 @@
+"""A structural-reparameterization compiler: train with branches, deploy plain convolutions.
+
+deploy = reparam.compile(model)
+print(deploy.report)
+"""
+
+from reparam import algebra, errors, lift, passes
+from reparam.compiler import compile, explain
+from reparam.errors import ReparamError, VerificationError
+from reparam.report import Comparison, Counts, Remark, Report
+from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule
+from reparam.verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Add",
+    "Apply",
+    "Comparison",
+    "Counts",
+    "Graph",
+    "Missed",
+    "Remark",
+    "ReparamError",
+    "Report",
+    "Rewrite",
+    "Rule",
+    "VerificationError",
+    "algebra",
+    "compile",
+    "errors",
+    "explain",
+    "lift",
+    "passes",
+    "verify",
+]

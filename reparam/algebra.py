@@ -1,0 +1,665 @@
+"""Linear operators on feature maps, and the exact ways in which they combine.
+
+Every operator here acts on an activation of shape ``(..., channels, *space)`` and is linear up to a constant:
+a convolution of any dimension, a matrix product on the last axis (a convolution without space), a per-channel
+scale and shift, a padding, an average pool. The combinators compute in float64 whatever precision the weights
+came in, and either return an operator that equals the combination for *every* input of every size, or raise
+:class:`~reparam.errors.AlgebraError` with the reason why there is none.
+
+A convolution is described by where its taps lie: output ``o`` reads input ``stride * o + offset`` for the offsets
+``dilation * j - before``, and ``before``, ``after`` is the padding on the two sides of an axis (negative values
+crop). Two convolutions are aligned by these offsets, not by the centres of their kernels, so even sizes, asymmetric
+paddings and shifted kernels need no special cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from types import EllipsisType
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reparam.errors import AlgebraError
+
+Ints: TypeAlias = tuple[int, ...]
+Padding: TypeAlias = tuple[tuple[int, int], ...]
+
+ZEROS = "zeros"
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64)
+
+
+def _flat_padding(padding: Padding) -> list[int]:
+    """``F.pad`` counts axes from the last to the first."""
+    return [amount for pair in reversed(padding) for amount in pair]
+
+
+def _pad(x: Tensor, padding: Padding, mode: str, value: float = 0.0) -> Tensor:
+    if not any(amount for pair in padding for amount in pair):
+        return x
+    if mode == ZEROS:
+        return F.pad(x, _flat_padding(padding), value=value)
+    return F.pad(x, _flat_padding(padding), mode=mode)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelAffine:
+    """``scale * x + shift`` with one scale and shift a channel: a norm in eval mode, a layer scale, a constant.
+
+    Attributes:
+        scale: Shape ``(C,)``, or ``(1,)`` for one number for all channels.
+        shift: Shape of ``scale``, or None for none.
+        axis: The channels' axis, counted from the end (-1 for features, -3 for images); None when uniform.
+        may_expand: The input might have a single channel that this operator broadcasts to ``C``. Then it may
+            follow or stand beside an operator whose channels are known, but nothing may be moved before it.
+    """
+
+    scale: Tensor
+    shift: Tensor | None = None
+    axis: int | None = None
+    may_expand: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", _double(self.scale))
+        if self.shift is not None:
+            object.__setattr__(self, "shift", _double(self.shift))
+        if self.scale.numel() == 1:
+            object.__setattr__(self, "axis", None)
+            object.__setattr__(self, "may_expand", False)
+
+    @staticmethod
+    def uniform(scale: float, shift: float = 0.0, *, device: torch.device | None = None) -> ChannelAffine:
+        """``scale * x + shift`` with the same two numbers everywhere."""
+
+        def vector(number: float) -> Tensor:
+            return torch.tensor([number], dtype=torch.float64, device=device)
+
+        return ChannelAffine(vector(scale), vector(shift) if shift else None)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this operator is there only to return its input."""
+        return self.axis is None and self.shift is None and self.scale.item() == 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``scale * x + shift``."""
+        shape = [-1] + [1] * (0 if self.axis is None else -self.axis - 1)
+        scaled = x * self.scale.view(shape)
+        return scaled if self.shift is None else scaled + self.shift.view(shape)
+
+    def on(self, channels: int, axis: int | None) -> tuple[Tensor, Tensor | None]:
+        """Scale of shape ``(channels,)`` along ``axis``, and the shift likewise.
+
+        Raises:
+            AlgebraError: This operator works along another axis or on another number of channels.
+        """
+        if self.axis is None:
+            return self.scale.expand(channels), None if self.shift is None else self.shift.expand(channels)
+        if self.axis != axis:
+            raise AlgebraError(f"it works along axis {self.axis}, not along the channels' axis {axis}")
+        if len(self.scale) != channels:
+            raise AlgebraError(f"{channels} channels are broadcast to {len(self.scale)}")
+        return self.scale, self.shift
+
+    def scaled(self, factor: float) -> ChannelAffine:
+        """``factor * self(x)``."""
+        return replace(self, scale=factor * self.scale, shift=None if self.shift is None else factor * self.shift)
+
+    def after(self, inner: ChannelAffine) -> ChannelAffine:
+        """``self(inner(x)) = (s s') x + (s t' + t)``.
+
+        Raises:
+            AlgebraError: The two work along different axes.
+        """
+        (s, t), (s_in, t_in), axis = _on_common_channels(self, inner)
+        return ChannelAffine(s * s_in, _add(None if t_in is None else s * t_in, t), axis)
+
+    def as_conv(self, channels: int, dimensions: int) -> Conv:
+        """This operator, on an input of ``channels`` channels, as a depthwise convolution with a single tap.
+
+        Raises:
+            AlgebraError: It works along another axis or on another number of channels.
+        """
+        scale, shift = self.on(channels, -dimensions - 1)
+        return Conv(scale.reshape(channels, *[1] * (dimensions + 1)), shift, groups=channels)
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum of two vectors that may be absent."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _refuse_expansion(*affines: ChannelAffine) -> None:
+    if any(affine.may_expand for affine in affines):
+        raise AlgebraError("the input might have one channel, which the constant would broadcast")
+
+
+def _on_common_channels(
+    a: ChannelAffine, b: ChannelAffine
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None], int | None]:
+    _refuse_expansion(a, b)
+    axis = b.axis if a.axis is None else a.axis
+    channels = max(len(a.scale), len(b.scale))
+    return a.on(channels, axis), b.on(channels, axis), axis
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """``W * x + b``: cross-correlation over the last ``dimensions`` axes, channels on the axis before them.
+
+    Attributes:
+        weight: Shape ``(out_channels, in_channels // groups, *kernel_size)``, in any floating-point precision.
+        bias: Shape ``(out_channels,)`` or None; kept in float64.
+        stride: One number an axis; 1 when left out. Likewise ``dilation``.
+        padding: ``(before, after)`` an axis; (0, 0) when left out. Negative amounts crop.
+        groups: Number of blocks of channels that do not mix.
+        padding_mode: What the padding reads: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+
+    Raises:
+        AlgebraError: One axis is cropped on one side and reflected, replicated or wrapped on the other, where
+            it matters which of the two comes first.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Ints = ()
+    padding: Padding = ()
+    dilation: Ints = ()
+    groups: int = 1
+    padding_mode: str = ZEROS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", self.weight.detach())
+        if self.bias is not None:
+            object.__setattr__(self, "bias", _double(self.bias))
+        space = self.weight.dim() - 2
+        for name, default in (("stride", 1), ("dilation", 1), ("padding", (0, 0))):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (default,) * space)
+        if not any(before > 0 or after > 0 for before, after in self.padding):
+            object.__setattr__(self, "padding_mode", ZEROS)
+        if self.padding_mode != ZEROS and any(min(pair) < 0 < max(pair) for pair in self.padding):
+            raise AlgebraError(f"a crop beside {self.padding_mode} padding")
+
+    # What it is.
+
+    @property
+    def dimensions(self) -> int:
+        """Number of spatial axes: 0 for a matrix product on the last axis."""
+        return self.weight.dim() - 2
+
+    @property
+    def axis(self) -> int:
+        """The channels' axis, counted from the end."""
+        return -self.dimensions - 1
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def kernel_size(self) -> Ints:
+        """Taps an axis."""
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def extent(self) -> Ints:
+        """Distance between the first and the last tap of every axis."""
+        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+
+    @property
+    def growth(self) -> Ints:
+        """Output size minus input size of every axis at stride 1.
+
+        Two convolutions of the same stride give the same output size for every input size exactly when this agrees:
+        the size is ``(input + growth - 1) // stride + 1``.
+        """
+        return tuple(sum(pair) - extent for pair, extent in zip(self.padding, self.extent, strict=True))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """One tap that reads its own position: no kernel, no padding, no stride."""
+        return self.keeps_size and all(k == 1 for k in self.kernel_size) and not any(map(any, self.padding))
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the output is as large as the input, for every input."""
+        return all(s == 1 for s in self.stride) and all(g == 0 for g in self.growth)
+
+    @property
+    def pads(self) -> bool:
+        """Whether any output reads the padding."""
+        return any(before > 0 or after > 0 for before, after in self.padding)
+
+    @property
+    def has_plain_padding(self) -> bool:
+        """Whether the padding is the same on both sides of every axis, and none crops."""
+        return all(before == after >= 0 for before, after in self.padding)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one output position, over all output channels."""
+        return self.weight.numel()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``W * x + b``, in the precision of ``x``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.dimensions == 0:
+            # A grouped matrix product exists only on the way to a dense one.
+            return F.linear(x, self.regroup(1).weight.to(x.dtype), bias)
+        x = _pad(x, self.padding, self.padding_mode)
+        convolve = _CONVOLVE[self.dimensions]
+        return convolve(x, self.weight.to(x.dtype), bias, self.stride, 0, self.dilation, self.groups)
+
+    # One operator, written differently.
+
+    def double(self) -> Conv:
+        """The same operator with its numbers in float64."""
+        return replace(self, weight=_double(self.weight))
+
+    def regroup(self, groups: int) -> Conv:
+        """The same operator in fewer groups: a block-diagonal kernel, zero between the old groups.
+
+        Raises:
+            AlgebraError: ``groups`` does not divide the present number.
+        """
+        if groups == self.groups:
+            return self
+        if self.groups % groups:
+            raise AlgebraError(f"{self.groups} groups cannot be written as {groups}")
+        blocks = self.groups // groups
+        rows, columns = self.out_channels // self.groups, self.weight.shape[1]
+        old = _double(self.weight).reshape(groups, blocks, rows, columns, *self.kernel_size)
+        new = old.new_zeros(groups, blocks, rows, blocks, columns, *self.kernel_size)
+        new.diagonal(dim1=1, dim2=3).copy_(old.movedim(1, -1))
+        weight = new.reshape(self.out_channels, blocks * columns, *self.kernel_size)
+        return replace(self, weight=weight, groups=groups)
+
+    def widen(self, taps: Padding) -> Conv:
+        """The same operator with ``(before, after)`` more taps of weight zero on the two sides of every axis.
+
+        Raises:
+            AlgebraError: The padding is not of zeros, and might not reach that far in a small input.
+        """
+        if self.padding_mode != ZEROS:
+            raise AlgebraError(f"a kernel with {self.padding_mode} padding cannot grow")
+        padding = tuple(
+            (before + d * more[0], after + d * more[1])
+            for (before, after), d, more in zip(self.padding, self.dilation, taps, strict=True)
+        )
+        return replace(self, weight=F.pad(_double(self.weight), _flat_padding(taps)), padding=padding)
+
+    def undilate(self) -> Conv:
+        """The same operator with dilation 1: zeros between the taps."""
+        if all(d == 1 for d in self.dilation):
+            return self
+        lattice = [_Lattice(taps.first, 1, taps.last - taps.first + 1) for taps in self._lattices]
+        return replace(self, weight=self._on(lattice), dilation=(1,) * self.dimensions)
+
+    @property
+    def _lattices(self) -> list[_Lattice]:
+        """Where the taps of every axis lie."""
+        return [
+            _Lattice(-before, step, count)
+            for (before, _), step, count in zip(self.padding, self.dilation, self.kernel_size, strict=True)
+        ]
+
+    def _on(self, lattice: Sequence[_Lattice]) -> Tensor:
+        """The kernel spread over a lattice of taps that contains its own, zero elsewhere, in float64."""
+        if all(own.same_taps(taps) for own, taps in zip(self._lattices, lattice, strict=True)):
+            return _double(self.weight)
+        shape = (*self.weight.shape[:2], *(taps.count for taps in lattice))
+        weight = self.weight.new_zeros(shape, dtype=torch.float64)
+        weight[_within(self._lattices, lattice)] = _double(self.weight)
+        return weight
+
+    # Combined with other operators.
+
+    def scaled(self, factor: float) -> Conv:
+        """``factor * self(x)``."""
+        return self.then(ChannelAffine.uniform(factor, device=self.weight.device))
+
+    def then(self, norm: ChannelAffine) -> Conv:
+        """``s (W*x + b) + t = (sW)*x + (sb + t)``, exact for every padding, stride, dilation and group count.
+
+        Raises:
+            AlgebraError: The scale is along another axis, or broadcasts to more channels.
+        """
+        scale, shift = norm.on(self.out_channels, self.axis)
+        # A float32 kernel times a float64 scale is computed and stored in float64, in a single pass.
+        weight = self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
+        return replace(self, weight=weight, bias=_add(None if self.bias is None else scale * self.bias, shift))
+
+    def after(self, inner: ChannelAffine | Conv | Pad) -> Conv:
+        """``self(inner(x))`` as one convolution.
+
+        Raises:
+            AlgebraError: It is not one; see the three cases.
+        """
+        match inner:
+            case ChannelAffine():
+                return self._after_affine(inner)
+            case Pad():
+                return self._after_pad(inner)
+            case Conv():
+                return self._after_conv(inner)
+
+    def _after_affine(self, norm: ChannelAffine) -> Conv:
+        """``W*(sx + t) + b = (Ws)*x + (b + W·t)``, exact when t = 0 or nothing reads zeros that were padded.
+
+        The padding pads *after* the shift, so at the border the sum W·t has fewer terms. Reflected, replicated
+        and wrapped values have the shift in them, and are no obstacle.
+        """
+        _refuse_expansion(norm)
+        scale, shift = norm.on(self.in_channels, self.axis)
+        if self.pads and self.padding_mode == ZEROS and shift is not None and bool(shift.any()):
+            raise AlgebraError("shift before zero padding")
+        columns = self.weight.shape[1]
+
+        def rows(vector: Tensor) -> Tensor:
+            """Channel values laid out like the kernel's first two axes."""
+            grouped = vector.reshape(self.groups, 1, columns)
+            spread = grouped.expand(self.groups, self.out_channels // self.groups, columns)
+            return spread.reshape(self.out_channels, columns, *[1] * self.dimensions)
+
+        weight = self.weight * rows(scale)
+        constant = None if shift is None else (self.weight * rows(shift)).flatten(1).sum(1)
+        return replace(self, weight=weight, bias=_add(self.bias, constant))
+
+    def _after_pad(self, pad: Pad) -> Conv:
+        """A padding before a convolution is the convolution's own, when both pad the same way."""
+        space = len(pad.padding) - self.dimensions
+        if any(amount for pair in pad.padding[: max(space, 0)] for amount in pair):
+            raise AlgebraError("the padding reaches beyond the convolution's axes")
+        amounts = ((0, 0),) * -space + pad.padding[max(space, 0) :]
+        if pad.pads and pad.mode == ZEROS and pad.value != 0:
+            raise AlgebraError(f"the padding is of {pad.value}, not of zeros")
+        if pad.pads and self.pads and (pad.mode, self.padding_mode) != (ZEROS, ZEROS):
+            raise AlgebraError(f"{self.padding_mode} padding of a {pad.mode}-padded input")
+        if any(o[side] > 0 > i[side] for o, i in zip(self.padding, amounts, strict=True) for side in (0, 1)):
+            # Padding would stand where the input had values.
+            raise AlgebraError("the padding covers what was cropped")
+        padding = tuple((o[0] + i[0], o[1] + i[1]) for o, i in zip(self.padding, amounts, strict=True))
+        return replace(self, padding=padding, padding_mode=pad.mode if pad.pads else self.padding_mode)
+
+    def _after_conv(self, inner: Conv) -> Conv:
+        """``W2*(W1*x + b1) + b2 = (W2*W1)*x + (W2·b1 + b2)``.
+
+        Exact when the outer convolution does not pad: its padding would pad the inner one's *output*. Along an
+        axis where the inner one reads a single position, padding stays padding and may pass (a 1x3 before a 3x1
+        kernel); so may a bias when the border is reflected, replicated or wrapped.
+        """
+        _check_sequence(self, inner)
+        groups = math.gcd(self.groups, inner.groups)
+        outer_kernel, inner_kernel = self.regroup(groups).double(), inner.regroup(groups).double()
+        # Taps of the composition: inner offset + inner stride * outer offset.
+        shifted = [taps.stretched(s) for s, taps in zip(inner.stride, self._lattices, strict=True)]
+        lattice = [_sum_lattice(i, o) for i, o in zip(inner._lattices, shifted, strict=True)]
+        growth = [i + s * o for i, s, o in zip(inner.growth, inner.stride, self.growth, strict=True)]
+        # A tap of the outer kernel shifts a copy of the inner one; channels and groups go through one product.
+        rows, middle, columns = (n // groups for n in (self.out_channels, self.in_channels, inner.in_channels))
+        outer_taps = outer_kernel.weight.reshape(groups, rows, middle, -1)
+        inner_taps = inner_kernel.weight.reshape(groups, middle, columns, *inner.kernel_size)
+        weight = outer_taps.new_zeros(groups, rows, columns, *(taps.count for taps in lattice))
+        for tap, matrix in zip(itertools.product(*map(range, self.kernel_size)), outer_taps.unbind(-1), strict=True):
+            place = [i.moved(o.first + o.step * j) for j, i, o in zip(tap, inner._lattices, shifted, strict=True)]
+            weight[_within(place, lattice)] += torch.einsum("goi,gi...->go...", matrix, inner_taps)
+        constant = None
+        if inner.bias is not None:
+            constant = torch.einsum("goi,gi->go", outer_taps.sum(-1), inner.bias.reshape(groups, middle)).flatten()
+        return Conv(
+            weight.flatten(0, 1),
+            _add(self.bias, constant),
+            tuple(s * t for s, t in zip(self.stride, inner.stride, strict=True)),
+            tuple(taps.padding(g) for taps, g in zip(lattice, growth, strict=True)),
+            tuple(taps.step for taps in lattice),
+            groups,
+            self.padding_mode if self.pads else inner.padding_mode,
+        )
+
+
+def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
+    """``x @ W.T + b`` on the last axis: a convolution without space.
+
+    Args:
+        weight: Shape ``(out_features, in_features)``.
+        bias: Shape ``(out_features,)`` or None.
+    """
+    return Conv(weight, bias)
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Padding of the last axes by a constant, or by reflected, replicated or wrapped values; negative amounts crop.
+
+    Attributes:
+        padding: ``(before, after)`` for the last ``len(padding)`` axes, first axis first.
+        mode: ``zeros`` for a constant, ``reflect``, ``replicate`` or ``circular``.
+        value: The constant.
+    """
+
+    padding: Padding
+    mode: str = ZEROS
+    value: float = 0.0
+
+    @property
+    def pads(self) -> bool:
+        """Whether it adds anything; otherwise it only crops."""
+        return any(before > 0 or after > 0 for before, after in self.padding)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x``, padded."""
+        return _pad(x, self.padding, self.mode, self.value)
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """Mean over windows, for any number of channels: a depthwise convolution with a constant kernel.
+
+    Attributes:
+        kernel_size: Window, one number an axis. Likewise ``stride`` and ``padding`` (the same on both sides).
+        divisor: What the window's sum is divided by; its size when left out.
+    """
+
+    kernel_size: Ints
+    stride: Ints
+    padding: Ints
+    divisor: int | None = None
+    dimensions: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dimensions", len(self.kernel_size))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The pooled ``x``."""
+        pooled = _POOL[self.dimensions](x, self.kernel_size, self.stride, self.padding)
+        return pooled * (math.prod(self.kernel_size) / self.divisor) if self.divisor else pooled
+
+    def as_conv(self, channels: int, dimensions: int | None = None, *, device: torch.device | None = None) -> Conv:
+        """This pool on ``channels`` channels.
+
+        Raises:
+            AlgebraError: ``dimensions`` is given and is not this pool's.
+        """
+        if dimensions not in (None, self.dimensions):
+            raise AlgebraError(f"a {self.dimensions}-d pool is no {dimensions}-d convolution")
+        value = 1.0 / (self.divisor or math.prod(self.kernel_size))
+        weight = torch.full((channels, 1, *self.kernel_size), value, dtype=torch.float64, device=device)
+        return Conv(weight, None, self.stride, tuple((p, p) for p in self.padding), groups=channels)
+
+
+Operator: TypeAlias = Conv | ChannelAffine | AveragePool | Pad
+
+
+def parallel(terms: Sequence[Operator]) -> Operator:
+    """``sum(term(x) for term in terms)`` as one operator, all terms reading the same ``x``.
+
+    ``W1*x + W2*x = (W1 + W2)*x``, once both kernels are written over the same taps and the same groups. That
+    is exact when the terms have the same stride and the same output size for every input, and when those that
+    read the padding pad the same way. Identities, scales and pools among the terms take their channels from
+    the convolutions.
+
+    Raises:
+        AlgebraError: The terms do not add up to one operator; the message says why.
+    """
+    affines = [term for term in terms if isinstance(term, ChannelAffine)]
+    if len(affines) == len(terms):
+        return reduce(_add_affines, affines)
+    model = next((term for term in terms if isinstance(term, Conv)), None)
+    if model is None:
+        raise AlgebraError("no convolution among the terms says how many channels there are")
+    return _sum_convs([_as_conv(term, model) for term in terms])
+
+
+def _as_conv(term: Operator, model: Conv) -> Conv:
+    """``term`` as a convolution on the input of ``model``."""
+    match term:
+        case Conv():
+            return term
+        case ChannelAffine():
+            return term.as_conv(model.in_channels, model.dimensions)
+        case AveragePool():
+            return term.as_conv(model.in_channels, model.dimensions, device=model.weight.device)
+        case Pad():
+            raise AlgebraError("a padding is not a term of a sum")
+
+
+def _add_affines(a: ChannelAffine, b: ChannelAffine) -> ChannelAffine:
+    """``(s x + t) + (s' x + t') = (s + s') x + (t + t')``."""
+    (s, t), (s_b, t_b), axis = _on_common_channels(a, b)
+    return ChannelAffine(s + s_b, _add(t, t_b), axis)
+
+
+def _sum_convs(convs: Sequence[Conv]) -> Conv:
+    first = convs[0]
+    for conv in convs[1:]:
+        _check_parallel(first, conv)
+    modes = {conv.padding_mode for conv in convs if conv.pads}
+    if len(modes) > 1:
+        raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
+    groups = reduce(math.gcd, (conv.groups for conv in convs))
+    lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
+    # The largest kernel usually has the common taps already, and the others are added into a copy of it.
+    convs = sorted(convs, key=lambda conv: -conv.weight.numel() * (conv.groups == groups))
+    weight = convs[0].regroup(groups)._on(lattice).clone()
+    for conv in convs[1:]:
+        weight[_within(conv._lattices, lattice)] += conv.regroup(groups).weight
+    biases = [_double(conv.bias) for conv in convs if conv.bias is not None]
+    return Conv(
+        weight,
+        reduce(torch.add, biases) if biases else None,
+        first.stride,
+        tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True)),
+        tuple(taps.step for taps in lattice),
+        groups,
+        modes.pop() if modes else ZEROS,
+    )
+
+
+def _check_parallel(a: Conv, b: Conv) -> None:
+    """Raise unless ``a(x)`` and ``b(x)`` exist for the same inputs and have the same shape for all of them."""
+    if a.dimensions != b.dimensions:
+        raise AlgebraError(f"a {a.dimensions}-d and a {b.dimensions}-d operator")
+    if a.in_channels != b.in_channels:
+        raise AlgebraError(f"they read {a.in_channels} and {b.in_channels} channels")
+    if a.out_channels != b.out_channels:
+        raise AlgebraError(f"the addition broadcasts: {a.out_channels} and {b.out_channels} output channels")
+    if a.stride != b.stride:
+        raise AlgebraError(f"strides {a.stride} and {b.stride} differ")
+    if a.growth != b.growth:
+        raise AlgebraError("their output sizes differ for some inputs, so the addition broadcasts")
+
+
+def _check_sequence(outer: Conv, inner: Conv) -> None:
+    """Raise unless what lies beyond the output of ``inner`` is what ``outer`` pads it with."""
+    if inner.dimensions != outer.dimensions:
+        raise AlgebraError(f"a {inner.dimensions}-d before a {outer.dimensions}-d convolution")
+    if inner.out_channels != outer.in_channels:
+        raise AlgebraError(f"{inner.out_channels} channels are broadcast to {outer.in_channels}")
+    for pair, taps, amounts, stride in zip(outer.padding, inner.kernel_size, inner.padding, inner.stride, strict=True):
+        if max(pair) <= 0:
+            continue
+        if taps != 1 or any(amounts):
+            raise AlgebraError("the second convolution pads the first one's output")
+        if outer.padding_mode != ZEROS and stride != 1:
+            raise AlgebraError(f"{outer.padding_mode} padding of a strided output")
+    if outer.pads and outer.padding_mode == ZEROS and inner.bias is not None and bool(inner.bias.any()):
+        raise AlgebraError("bias before zero padding")
+    if outer.pads and inner.pads and outer.padding_mode != inner.padding_mode:
+        raise AlgebraError(f"{outer.padding_mode} padding of a {inner.padding_mode}-padded output")
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """Taps ``first, first + step, ...`` of one axis; the step of a single tap means nothing."""
+
+    first: int
+    step: int
+    count: int
+
+    @property
+    def last(self) -> int:
+        return self.first + self.step * (self.count - 1)
+
+    def stretched(self, factor: int) -> _Lattice:
+        return _Lattice(factor * self.first, factor * self.step, self.count)
+
+    def moved(self, distance: int) -> _Lattice:
+        return _Lattice(self.first + distance, self.step, self.count)
+
+    def same_taps(self, other: _Lattice) -> bool:
+        return (self.first, self.last, self.count) == (other.first, other.last, other.count)
+
+    def padding(self, growth: int) -> tuple[int, int]:
+        """Padding that puts the first tap where it is, and makes the output ``growth`` larger than the input."""
+        return -self.first, growth + self.last
+
+    def within(self, other: _Lattice) -> slice:
+        """These taps as a slice of another lattice, which contains them."""
+        first, step = (self.first - other.first) // other.step, max(1, self.step // other.step)
+        return slice(first, first + step * (self.count - 1) + 1, step)
+
+
+def _within(taps: Sequence[_Lattice], lattice: Sequence[_Lattice]) -> tuple[EllipsisType | slice, ...]:
+    """Index of the taps of every axis in a kernel on ``lattice``."""
+    return (..., *(own.within(all_taps) for own, all_taps in zip(taps, lattice, strict=True)))
+
+
+def _step(distances: Sequence[int]) -> int:
+    """Largest spacing whose multiples contain all distances; 1 when there is a single tap."""
+    return reduce(math.gcd, distances, 0) or 1
+
+
+def _sum_lattice(a: _Lattice, b: _Lattice) -> _Lattice:
+    """The coarsest lattice that contains every sum of a tap of ``a`` and a tap of ``b``."""
+    step = _step([taps.step for taps in (a, b) if taps.count > 1])
+    return _Lattice(a.first + b.first, step, (a.last + b.last - a.first - b.first) // step + 1)
+
+
+def _common_lattice(convs: Sequence[Conv], axis: int) -> _Lattice:
+    """The coarsest lattice that contains the taps of all convolutions."""
+    own = [conv._lattices[axis] for conv in convs]
+    spacings = [taps.step for taps in own if taps.count > 1]
+    step = _step([*spacings, *(taps.first - own[0].first for taps in own)])
+    first, last = min(taps.first for taps in own), max(taps.last for taps in own)
+    return _Lattice(first, step, (last - first) // step + 1)

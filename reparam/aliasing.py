@@ -1,0 +1,220 @@
+"""In-place operations made safe, before anything moves.
+
+``x.relu_()`` changes ``x`` for everybody who reads it afterwards, under whatever name. Rewriting assumes values, so
+every in-place operation becomes its out-of-place twin, and later readers of the value read the twin. That is right
+when nobody reads the same memory under another name later: as a view of it, or as the tensor that it is a view of.
+Where somebody does, everything that touches the memory is frozen and runs as it was written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, Node
+
+from reparam import facts
+
+_OPERATORS = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "lshift", "rshift")
+} | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+
+# torch.nn layers that return their input, or a view of it.
+_RETURNS_INPUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+
+
+def make_out_of_place(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Node]:
+    """Replace in-place operations by their twins, and freeze what cannot be.
+
+    A frozen node has ``meta["frozen"]``: it is not lifted. A node that was in place and no longer is has
+    ``meta["in_place"]``, so that it may be made so again when the graph is final.
+
+    Args:
+        graph: A traced graph, changed here.
+        modules: The modules of its private root, by path; layers with ``inplace=True`` are changed here.
+
+    Returns:
+        The in-place nodes that were frozen.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    # What memory a value may lie in, named by the nodes that made it, and who lies in it so far.
+    memory: dict[Node, set[Node]] = {}
+    residents: dict[Node, list[Node]] = {}
+    settled: set[Node] = set()
+    frozen: list[Node] = []
+    # A layer that is called twice is in place in both calls, also once the first has been made safe.
+    writes = {node: _written(node, modules) for node in graph.nodes}
+    for node, written in writes.items():
+        if written is not None:
+            neighbours = {other for base in memory[written] for other in residents[base]}
+            same = _same_tensor(written, modules)
+            later = [reader for other in neighbours - same for reader in other.users if order[reader] > order[node]]
+            if not later and _take_out_of_place(node, modules):
+                node.meta["in_place"] = True
+                settled.add(node)
+                for other in same:
+                    for reader in [reader for reader in other.users if order[reader] > order[node]]:
+                        reader.replace_input_with(other, node)
+            else:
+                frozen.append(node)
+                for other in neighbours:
+                    for touched in (other, *other.users):
+                        touched.meta["frozen"] = "its memory is changed in place under another name"
+        sources = node.all_input_nodes if node not in settled and _may_alias(node, modules) else ()
+        memory[node] = set().union(*(memory[source] for source in sources)) or {node}
+        for base in memory[node]:
+            residents.setdefault(base, []).append(node)
+    return frozen
+
+
+def _written(node: Node, modules: Mapping[str, nn.Module]) -> Node | None:
+    """The value that a node changes in place."""
+    if not is_in_place(node, modules):
+        return None
+    out = node.kwargs.get("out")
+    written = out if out is not None else node.args[0] if node.args else node.kwargs.get("input")
+    return written if isinstance(written, Node) else None
+
+
+def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node changes its first input."""
+    match node.op:
+        case "call_module":
+            return bool(getattr(modules[str(node.target)], "inplace", False))
+        case "call_method":
+            name = str(node.target)
+            return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        case "call_function":
+            if node.target in _OPERATORS:
+                # ``+=`` on sizes is plain arithmetic.
+                return node.args[0].meta.get("kind") != "other" if isinstance(node.args[0], Node) else False
+            if node.kwargs.get("out") is not None or facts.target_name(node) == "setitem":
+                return True
+            name = getattr(node.target, "__name__", "")
+            return (name.endswith("_") and not name.endswith("__")) or _inplace_argument(node) is True
+    return False
+
+
+def _inplace_argument(node: Node) -> Any:
+    position = _inplace_position(node.target)
+    if position is None:
+        return None
+    return node.args[position] if len(node.args) > position else node.kwargs.get("inplace")
+
+
+@cache
+def _inplace_position(function: Any) -> int | None:
+    """Where a function of torch.nn.functional takes ``inplace``."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _take_out_of_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Turn a node into its out-of-place twin; false, and nothing done, when it has none."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if not type(module).__module__.startswith("torch.nn"):
+            return False
+        module.inplace = False  # type: ignore[assignment]
+        return True
+    if node.op == "call_method":
+        twin: Any = str(node.target)[:-1]
+        found = hasattr(torch.Tensor, twin)
+    elif _inplace_argument(node) is True:
+        position = _inplace_position(node.target)
+        node.args = tuple(False if i == position else arg for i, arg in enumerate(node.args))
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+        return True
+    else:
+        name = getattr(node.target, "__name__", "")[:-1]
+        twin = _OPERATORS.get(node.target) or getattr(torch, name, None) or getattr(F, name, None)  # type: ignore[arg-type]
+        found = twin is not None and node.kwargs.get("out") is None
+    if found:
+        node.target = twin
+    return found
+
+
+def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a value may share memory with an input."""
+    match node.op:
+        case "call_module":
+            module = modules[str(node.target)]
+            known = type(module).__module__.startswith("torch.nn")
+            return not known or isinstance(module, _RETURNS_INPUT) or bool(getattr(module, "inplace", False))
+        case "call_function" | "call_method":
+            if is_in_place(node, modules) or node.target in (getattr, operator.getitem):
+                return not facts.reads_only_metadata(node)
+            return _schema_aliases(facts.target_name(node))
+    return False
+
+
+@cache
+def _schema_aliases(name: str) -> bool:
+    """Whether any torch operator of this name may return a view; true for names that torch does not know."""
+    if name.startswith(("dropout", "alpha_dropout", "feature_")):
+        return True
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return not (hasattr(F, name) or hasattr(operator, name))
+    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
+    return any(
+        result.alias_info is not None for schema in schemas if not schema.is_mutable for result in schema.returns
+    )
+
+
+def _same_tensor(node: Node, modules: Mapping[str, nn.Module]) -> set[Node]:
+    """``node`` and the values that are the very same tensor under another name."""
+    first = node
+    while _returns_argument(first, modules):
+        first = first.args[0]  # type: ignore[assignment]
+    same, pending = {first}, [first]
+    while pending:
+        for reader in pending.pop().users:
+            if reader not in same and _returns_argument(reader, modules) and reader.args[0] in same:
+                same.add(reader)
+                pending.append(reader)
+    return same
+
+
+def _returns_argument(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node returns its first argument itself."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], (nn.Identity, nn.modules.dropout._DropoutNd))
+    return False
+
+
+def restore_in_place(graph: Graph, modules: Mapping[str, Any]) -> None:
+    """Make layers that were in place so again where their input is new memory that nobody else reads.
+
+    Args:
+        graph: The final graph.
+        modules: The module for every target of a ``call_module`` node.
+    """
+    calls: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    for path, nodes in calls.items():
+        if all("in_place" in node.meta and _is_private(node.args[0], modules) for node in nodes):
+            modules[path].inplace = True
+
+
+def _is_private(value: Any, modules: Mapping[str, Any]) -> bool:
+    """Whether a value lies in memory of its own, for one reader."""
+    if not isinstance(value, Node) or len(value.users) != 1 or value.op != "call_module":
+        return False
+    module = modules[str(value.target)]
+    fresh = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
+    return isinstance(module, fresh)

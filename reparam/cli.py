@@ -1,0 +1,482 @@
+"""The ``reparam`` command: fuse a checkpoint, explain what would be fused, verify two files, list known models.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 outputs disagree, 2 bad usage or input,
+3 internal error, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from reparam.errors import ReparamError, VerificationError
+
+# PyTorch takes two seconds to import, so what needs it is imported where it is used: --help answers at once.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from reparam.checkpoint import Checkpoint, Network
+    from reparam.export import Exported
+    from reparam.report import Comparison, Report
+
+CommandT = TypeVar("CommandT", bound=Callable[..., None])
+
+app = typer.Typer(
+    name="reparam",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 outputs disagree, 2 bad usage or input, 3 internal error, 130 interrupted.",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="NAME", help="A known model, timm:NAME, or package.module:factory. [default: recognise]"
+    ),
+]
+InputSize = Annotated[
+    str | None, typer.Option("--input-size", metavar="CxHxW", help="Shape of one input, such as 3x224x224.")
+]
+UnsafeLoad = Annotated[
+    bool, typer.Option("--unsafe-load", help="Unpickle Python objects: runs whatever code the file's author chose.")
+]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged (EMA) weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the ``reparam`` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)  # unwinds the stack, so that unfinished files are removed
+
+
+def command(function: CommandT) -> CommandT:
+    """Register a command; what goes wrong in it becomes one line on stderr and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", 130)
+        except VerificationError as error:
+            _fail(str(error), 1, kwargs["debug"])
+        except ReparamError as error:
+            _fail(str(error), 2, kwargs["debug"])
+        except Exception as error:  # the last resort of a program
+            message = f"{type(error).__name__}: {error}; this is a bug, --debug shows where"
+            _fail(message, 3, kwargs["debug"])
+
+    app.command()(run)
+    return function
+
+
+def _fail(message: str, code: int, debug: bool = False) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _print_version(asked), help="Print it.")
+    ] = False,
+) -> None:
+    """Fuse structural reparameterization out of trained PyTorch networks."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print("reparam", version("reparam"))
+        raise typer.Exit
+
+
+# --- Commands -----------------------------------------------------------------------------------------------------
+
+
+@command
+def fuse(
+    checkpoint: Annotated[Path, typer.Argument(help="Training checkpoint: .pth, .pt or .safetensors.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help=".pth, .safetensors or .onnx. [default: NAME_deploy.pth beside the input]"),
+    ] = None,
+    model: Model = None,
+    input_size: InputSize = None,
+    unsafe_load: UnsafeLoad = False,
+    ema: Ema = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write without checking anything.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compile the network in a checkpoint, verify it, and write the deploy model.
+
+    The input file is never changed, and the output appears complete or not at all.
+    """
+    output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
+    if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
+        raise typer.BadParameter(f"{output} must end in .pth, .pt, .safetensors or .onnx", param_hint="--output")
+    shape = _parse_shape(input_size)
+    with _Bar(quiet) as bar:
+        import reparam
+        from reparam.storage import check_destination
+
+        source = _read(checkpoint, unsafe_load, ema)
+        check_destination(output, never=(checkpoint,))
+        network = _resolve(source, model, shape)
+        inputs = _example(network.input_shape)
+        if output.suffix == ".onnx" and inputs is None:
+            _ask_for_shape(network.name, "export")
+        deploy = reparam.compile(network.model, inputs, verify=not no_verify, progress=bar)
+        bar(None, None, f"writing {output.name}")
+        exported = _write(deploy, network, output, inputs)
+    report: Report = deploy.report
+    if as_json:
+        onnx = {} if exported is None else {"onnx": _onnx_dict(exported)}
+        _print_json({**_about(checkpoint, source, network), "output": str(output), **onnx, "report": report.to_dict()})
+    elif not quiet:
+        _print_fused(checkpoint, network, output, report, exported)
+
+
+@command
+def explain(
+    checkpoint: Annotated[Path, typer.Argument(help="Training checkpoint, or a deploy file that reparam wrote.")],
+    model: Model = None,
+    input_size: InputSize = None,
+    unsafe_load: UnsafeLoad = False,
+    ema: Ema = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what would be fused and what would not, and why; write nothing.
+
+    For a deploy file: what was fused when it was made.
+    """
+    shape = _parse_shape(input_size)
+    with _Bar() as bar:
+        import reparam
+        from reparam import storage
+
+        metadata = storage.read_metadata(checkpoint) if not unsafe_load else None
+        if metadata is not None:
+            if "report" not in metadata:
+                raise ReparamError(f"{checkpoint}: was saved without a report of its compilation")
+            about, report = {"input": str(checkpoint), "model": metadata.get("model")}, metadata["report"]
+        else:
+            source = _read(checkpoint, unsafe_load, ema)
+            network = _resolve(source, model, shape)
+            bar(None, None, f"compiling {network.name}")
+            about = _about(checkpoint, source, network)
+            report = reparam.explain(network.model, _example(network.input_shape)).to_dict()
+    if as_json:
+        _print_json({**about, "report": report})
+    else:
+        _print_remarks(f"{checkpoint}: {about['model'] or 'compiled model'}", report)
+
+
+@command
+def verify(
+    first: Annotated[Path, typer.Argument(metavar="A", help="The reference: a checkpoint, deploy file or .onnx.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="What must compute the same.")],
+    model: Model = None,
+    input_size: InputSize = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="Allowed largest error, relative to A's largest output.")
+    ] = None,
+    unsafe_load: UnsafeLoad = False,
+    ema: Ema = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two files on random inputs: a checkpoint and its deploy model, in any of the formats.
+
+    A state dict that was fused elsewhere is compared as well, when its names are those of the other file's deploy form.
+    """
+    shape = _parse_shape(input_size)
+    with _Bar(quiet) as bar:
+        import reparam
+
+        sides = _open_sides((first, second), model, shape, unsafe_load, ema)
+        known = shape or next((side.input_shape for side in sides if side.input_shape), None)
+        if known is None:
+            _ask_for_shape(f"{first} and {second}", "compare")
+        bar(None, None, "comparing")
+        inputs = _example(known, next((batch for side in sides if (batch := _fixed_batch(side.model))), 2))
+        reference, other = (side.model for side in sides)
+        if ".onnx" in (first.suffix, second.suffix):
+            from reparam.export import Flat
+
+            reference, other, tolerance = Flat(reference), Flat(other), tolerance or 1e-4
+        failure = None
+        try:
+            comparison = reparam.verify(reference, other, inputs, tolerance=tolerance)
+        except VerificationError as error:
+            if error.comparison is None:
+                raise
+            comparison, failure = error.comparison, error
+    if as_json:
+        _print_json({"a": str(first), "b": str(second), "agree": failure is None, **asdict(comparison)})
+    elif not quiet and failure is None:
+        print(f"{first} and {second} agree: {comparison}")
+    if failure is not None:
+        raise VerificationError(f"{first} and {second} disagree: {comparison}", comparison)
+
+
+@command
+def models(as_json: Json = False, debug: Debug = False) -> None:
+    """List the networks that checkpoints are recognised as."""
+    import torch
+
+    from reparam.models import registry
+
+    rows = []
+    for name in registry.names():
+        entry = registry.entry(name)
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in entry.build().parameters())
+        rows.append({"name": name, "parameters": parameters, "input_shape": entry.input_shape, "paper": entry.paper})
+        rows[-1]["description"] = entry.description
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table("model", "parameters", "input", "paper", right=(1,))
+    for row in rows:
+        table.add_row(row["name"], f"{row['parameters']:,}", _shape_text(row["input_shape"]), row["paper"])
+    _console().print(table)
+
+
+# --- Files and models ---------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, unsafe: bool, ema: bool) -> Checkpoint:
+    from reparam import checkpoint
+
+    found = checkpoint.read(path, unsafe=unsafe, ema=ema)
+    checkpoint.check_values(found)
+    return found
+
+
+def _resolve(source: Checkpoint, spec: str | None, shape: tuple[int, ...] | None) -> Network:
+    from dataclasses import replace
+
+    from reparam.checkpoint import resolve
+
+    network = resolve(source, spec)
+    return network if shape is None else replace(network, input_shape=shape)
+
+
+def _open_sides(
+    paths: tuple[Path, Path], spec: str | None, shape: tuple[int, ...] | None, unsafe: bool, ema: bool
+) -> list[Network]:
+    """Both files as models; one may be a bare state dict of the other's deploy form."""
+    sides: list[Network | ReparamError] = []
+    for path in paths:
+        try:
+            sides.append(_open(path, spec, shape, unsafe, ema))
+        except ReparamError as error:
+            sides.append(error)
+    for index, side in enumerate(sides):
+        other = sides[1 - index]
+        if isinstance(side, ReparamError):
+            if isinstance(other, ReparamError):
+                raise sides[0] if isinstance(sides[0], ReparamError) else side
+            sides[index] = _as_deploy_form(paths[index], other, side, unsafe, ema)
+    return [side for side in sides if not isinstance(side, ReparamError)]
+
+
+def _open(path: Path, spec: str | None, shape: tuple[int, ...] | None, unsafe: bool, ema: bool) -> Network:
+    from reparam import storage
+    from reparam.checkpoint import Network
+
+    if path.suffix == ".onnx":
+        from reparam.export import OnnxModel
+
+        session = OnnxModel(path)
+        return Network(session, path.name, session.input_shape)
+    metadata = storage.read_metadata(path) if not unsafe else None
+    if metadata is not None:
+        return Network(storage.load(path), path.name, tuple(metadata.get("input_shape") or ()) or None)
+    return _resolve(_read(path, unsafe, ema), spec, shape)
+
+
+def _as_deploy_form(path: Path, other: Network, failure: ReparamError, unsafe: bool, ema: bool) -> Network:
+    import reparam
+    from reparam import checkpoint
+
+    try:
+        deploy = reparam.compile(other.model)
+        checkpoint.load_into(deploy, _read(path, unsafe, ema), name=f"the deploy form of {other.name}")
+    except ReparamError:
+        raise failure from None
+    return checkpoint.Network(deploy, path.name, other.input_shape)
+
+
+def _write(deploy: nn.Module, network: Network, output: Path, inputs: Tensor | None) -> Exported | None:
+    if output.suffix == ".onnx":
+        from reparam.export import export_onnx
+
+        assert inputs is not None
+        return export_onnx(deploy, output, inputs)
+    from reparam.storage import save
+
+    save(deploy, output, metadata={"model": network.name, "input_shape": network.input_shape})
+    return None
+
+
+def _example(shape: tuple[int, ...] | None, batch: int = 2) -> Any:
+    """Random inputs, the same at every run; None when no shape is known."""
+    import torch
+
+    if shape is None:
+        return None
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _fixed_batch(model: nn.Module) -> int | None:
+    return getattr(model, "fixed_batch", None)
+
+
+def _parse_shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    sizes = text.replace(",", "x").lower().split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise typer.BadParameter(f"{text!r} is no shape such as 3x224x224", param_hint="--input-size")
+    return tuple(map(int, sizes))
+
+
+def _ask_for_shape(name: str, purpose: str) -> NoReturn:
+    raise ReparamError(f"{name}: give the shape of one input to {purpose} with, such as --input-size 3x224x224")
+
+
+# --- What people see ----------------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """A progress bar on stderr, for what takes over a second, when somebody is looking."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        # The bar must not replace sys.stdout: it starts on another thread, while others may be redirecting it.
+        console = Console(file=sys.stderr)
+        self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        self._task = self._bar.add_task("reading", total=None)
+        self._timer = threading.Timer(1.0, self._bar.start)
+        self._shown = sys.stderr.isatty() and not quiet
+
+    def __enter__(self) -> _Bar:
+        if self._shown:
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._timer.cancel()
+            self._timer.join()
+            self._bar.stop()
+
+    def __call__(self, done: int | None, total: int | None, label: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=label)
+
+
+def _about(path: Path, source: Checkpoint, network: Network) -> dict[str, Any]:
+    shape = None if network.input_shape is None else list(network.input_shape)
+    return {"input": str(path), "weights": ".".join(source.origin) or None, "model": network.name, "input_shape": shape}
+
+
+def _onnx_dict(exported: Exported) -> dict[str, Any]:
+    return {key: value for key, value in asdict(exported).items() if key != "path"}
+
+
+def _print_fused(path: Path, network: Network, output: Path, report: Report, exported: Exported | None) -> None:
+    table = _counts_table(report.to_dict())
+    table.add_section()
+    table.add_row("largest error", "", _error_text(report.comparison, "give --input-size to compare"))
+    if exported is not None:
+        table.add_row("in onnxruntime", "", _error_text(exported.comparison, ""))
+    size = output.stat().st_size / 1e6
+    console = _console()
+    console.print(f"{path} is {network.name}", highlight=False)
+    console.print(table)
+    kind = f"opset {exported.opset}, {exported.nodes} operators, " if exported else ""
+    if exported and not exported.dynamic_batch:
+        kind += "batch of 2 only, "
+    console.print(f"{output}: {kind}{size:.1f} MB", highlight=False)
+
+
+def _print_remarks(title: str, report: dict[str, Any]) -> None:
+    console = _console()
+    console.print(title, highlight=False)
+    console.print(_counts_table(report))
+    for kind, heading in (("capture", "kept as Python"), ("fused", "fused"), ("missed", "left as it is")):
+        remarks = [remark for remark in report["remarks"] if remark["kind"] == kind]
+        if remarks:
+            console.print(f"\n{heading}: {len(remarks)}", highlight=False)
+            table = _table("where", "rule", "what" if kind == "fused" else "why")
+            for remark in remarks:
+                table.add_row(remark["where"] or "(model)", remark["rule"], remark["message"])
+            console.print(table)
+
+
+def _counts_table(report: dict[str, Any]) -> Table:
+    table = _table("", "before", "after", right=(1, 2))
+    for name, before in report["before"].items():
+        if before is not None:
+            table.add_row(name.replace("_", " "), f"{before:,}", f"{report['after'][name]:,}")
+    return table
+
+
+def _error_text(comparison: Comparison | None, otherwise: str) -> str:
+    if comparison is None:
+        return otherwise
+    return f"{comparison.largest_error:.1e} (allowed {comparison.tolerance:.0e})"
+
+
+def _table(*columns: str, right: Iterable[int] = ()) -> Table:
+    from rich import box
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    """Stdout; what is not a terminal has no width to fit into, so a pipe gets whole lines."""
+    return Console() if sys.stdout.isatty() else Console(width=10_000)
+
+
+def _shape_text(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))

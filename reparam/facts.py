@@ -1,0 +1,240 @@
+"""What is known of a value before it is computed: whether it is a tensor, its rank, its channels.
+
+Which axis a norm works along depends on the rank of its input: axis 1 of a 2-D tensor holds the features that a
+matrix product made, axis 1 of a 3-D tensor does not. Facts come from the operations themselves (a 2-d convolution
+makes 4-D tensors), and from example inputs where there are some. What is not known is None, and nothing is
+rewritten on a guess.
+
+Convolutions are taken to read batches: ``(N, C, L)``, ``(N, C, H, W)``, ``(N, C, D, H, W)``.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+Kind: TypeAlias = Literal["tensor", "other", "unknown"]
+
+_CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+_CONV_FUNCTIONS = {f"{name}{n}d": n + 2 for name in ("conv", "conv_transpose") for n in (1, 2, 3)}
+
+# torch.nn layers that do not return a single tensor.
+_SEVERAL_OUTPUTS = (nn.RNNBase, nn.MultiheadAttention, nn.LSTMCell, nn.AdaptiveLogSoftmaxWithLoss)
+
+# torch.nn layers whose output does not have the rank of their input.
+_OTHER_RANK = (nn.Unflatten, nn.Fold, nn.Unfold, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.CosineSimilarity)
+
+_KEEP_RANK = frozenset(
+    """abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d alpha_dropout avg_pool1d
+    avg_pool2d avg_pool3d batch_norm bernoulli celu chunk clamp clip clone constant_pad_nd contiguous cos cumsum detach
+    double dropout dropout2d dropout3d elu erf exp expm1 feature_dropout flip float gelu glu group_norm half hardsigmoid
+    hardswish hardtanh instance_norm interpolate layer_norm leaky_relu linear local_response_norm log log1p log_softmax
+    logsigmoid max_pool1d max_pool2d max_pool3d mish neg negative normalize pad pixel_shuffle pixel_unshuffle prelu
+    reciprocal relu relu6 requires_grad_ rms_norm roll rrelu rsqrt selu sigmoid sign silu sin softmax softmin softplus
+    softsign split split_with_sizes sqrt square swapaxes tanh threshold to transpose tril triu type type_as
+    upsample""".split()
+)
+_KEEP_SHAPE = frozenset(
+    """abs alpha_dropout batch_norm celu clamp clone contiguous detach dropout dropout2d elu exp gelu group_norm hardsigmoid
+    hardswish hardtanh layer_norm leaky_relu log_softmax mish neg relu relu6 selu sigmoid silu softmax softplus
+    tanh""".split()
+)
+_KEEP_SHAPE_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.PReLU,
+    nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softmax, nn.Hardtanh, nn.Softplus, nn.Identity, nn.modules.dropout._DropoutNd,
+    nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
+)  # fmt: skip
+_ARITHMETIC = frozenset(
+    """add sub subtract rsub mul multiply div divide truediv true_divide floordiv pow maximum minimum eq ne lt le gt ge
+    iadd isub imul itruediv addcmul addcdiv where""".split()
+)
+_SEVERAL = frozenset("chunk split split_with_sizes unbind tensor_split topk sort".split())
+_METADATA_METHODS = frozenset("size dim ndimension numel stride is_floating_point element_size get_device".split())
+_METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad layout is_sparse names".split())
+
+
+def target_name(node: Node) -> str:
+    """Name of what a function or method node calls, without module or trailing underscore."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.rstrip("_")
+
+
+def reads_only_metadata(node: Node) -> bool:
+    """Whether a node looks at the shape, type or place of its input, and not at its values."""
+    if node.op == "call_method":
+        return node.target in _METADATA_METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA_ATTRIBUTES
+
+
+def kind(node: Node, module: nn.Module | None = None) -> Kind:
+    """Whether the value of a node is a tensor.
+
+    Args:
+        node: A node of the graph; its inputs have their facts.
+        module: The module that a ``call_module`` node calls.
+    """
+    if node.op in ("placeholder", "get_attr"):
+        return "tensor"
+    if node.op == "call_module":
+        if not type(module).__module__.startswith("torch.nn"):
+            return "unknown"
+        return "other" if isinstance(module, _SEVERAL_OUTPUTS) else "tensor"
+    name = target_name(node)
+    if reads_only_metadata(node) or name in _SEVERAL:
+        return "other"
+    inputs = [source.meta.get("kind", "unknown") for source in node.all_input_nodes]
+    if node.target is operator.getitem:
+        source = node.args[0]
+        if isinstance(source, Node) and target_name(source) in _SEVERAL:
+            return "tensor"
+        return "tensor" if inputs[:1] == ["tensor"] else "other" if inputs[:1] == ["other"] else "unknown"
+    if name == "getattr":
+        return "tensor" if node.args[1] in ("T", "mT", "data", "real") else "unknown"
+    if name in _KEEP_RANK or name in _ARITHMETIC or getattr(node.target, "__module__", None) == "_operator":
+        # Arithmetic on sizes gives sizes, arithmetic with a tensor gives a tensor.
+        return "tensor" if "tensor" in inputs else "other" if "other" in inputs else "unknown"
+    return "tensor" if node.op == "call_function" and "tensor" in inputs else "unknown"
+
+
+def rank(node: Node, module: nn.Module | None = None) -> int | None:
+    """Number of axes of a node's value, or None when it is not known.
+
+    Args:
+        node: A node of the graph; its inputs have their facts.
+        module: The module that a ``call_module`` node calls.
+    """
+    first = node.args[0] if node.args else None
+    known: int | None = first.meta.get("rank") if isinstance(first, Node) else None
+    if node.op == "call_module":
+        return _module_rank(module, known)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = target_name(node)
+    if name in _CONV_FUNCTIONS:
+        return _CONV_FUNCTIONS[name]
+    if name in _ARITHMETIC:
+        ranks = [value.meta.get("rank") for value in node.all_input_nodes if value.meta.get("kind") != "other"]
+        return None if None in ranks or not ranks else max(ranks)
+    if name in _KEEP_RANK:
+        return known
+    arguments = _Arguments(node)
+    match name:
+        case "flatten":
+            return _flattened(known, arguments.get(1, "start_dim", 0), arguments.get(2, "end_dim", -1))
+        case "mean" | "sum" | "amax" | "amin" | "std" | "var":
+            return _reduced(known, arguments.get(1, "dim", None), bool(arguments.get(2, "keepdim", False)))
+        case "view" | "reshape":
+            shape = node.args[1:]
+            shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+            return len(shape) if len(shape) > 1 or (shape and isinstance(shape[0], int)) else None
+        case "permute":
+            return known
+        case "unsqueeze":
+            return None if known is None else known + 1
+        case "cat" | "concat" | "stack":
+            items = first if isinstance(first, (tuple, list)) else ()
+            ranks = [item.meta.get("rank") for item in items if isinstance(item, Node)]
+            return None if not ranks or ranks[0] is None else ranks[0] + (name == "stack")
+        case "getitem":
+            return _indexed(node, known)
+    return None
+
+
+class _Arguments:
+    """A node's arguments, by position or by name."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def get(self, position: int, name: str, default: Any) -> Any:
+        if len(self.node.args) > position:
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+
+def _module_rank(module: nn.Module | None, known: int | None) -> int | None:
+    for dimensions, classes in _CONVS.items():
+        if isinstance(module, classes):
+            return dimensions + 2
+    if isinstance(module, nn.BatchNorm2d):
+        return 4
+    if isinstance(module, nn.BatchNorm3d):
+        return 5
+    if isinstance(module, nn.Flatten):
+        return _flattened(known, module.start_dim, module.end_dim)
+    if type(module).__module__.startswith("torch.nn") and not isinstance(module, (*_OTHER_RANK, *_SEVERAL_OUTPUTS)):
+        return known
+    return None
+
+
+def _flattened(known: int | None, start: Any, end: Any) -> int | None:
+    if not isinstance(start, int) or not isinstance(end, int):
+        return None
+    if end == -1 and start >= 0:
+        return start + 1 if known is None or known > start else known
+    if known is None:
+        return None
+    return known - (end % known - start % known)
+
+
+def _reduced(known: int | None, dims: Any, keep: bool) -> int | None:
+    if known is None or keep:
+        return known if keep else None
+    if dims is None:
+        return 0
+    return known - (len(dims) if isinstance(dims, (tuple, list)) else 1)
+
+
+def _indexed(node: Node, known: int | None) -> int | None:
+    source, index = node.args
+    if isinstance(source, Node) and target_name(source) in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        return known
+    if known is None or not isinstance(source, Node) or source.meta.get("kind") != "tensor":
+        return None
+    items = index if isinstance(index, tuple) else (index,)
+    if not all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items):
+        return None
+    return known + sum(item is None for item in items) - sum(type(item) is int for item in items)
+
+
+def channels(module: nn.Module | None, rank: int | None) -> tuple[int, int] | None:
+    """Number of channels that a layer makes, and their axis counted from the end."""
+    for dimensions, classes in _CONVS.items():
+        if isinstance(module, classes):
+            return module.out_channels, -dimensions - 1
+    if isinstance(module, nn.Linear):
+        return module.out_features, -1
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and rank is not None:
+        return module.num_features, 1 - rank
+    return None
+
+
+def keeps_shape(node: Node) -> bool:
+    """Whether a node is known to return its first input's shape."""
+    return target_name(node) in _KEEP_SHAPE or "keeps_shape" in node.meta
+
+
+def note(node: Node, module: nn.Module | None = None) -> None:
+    """Write what is known of a node's value into its ``meta``."""
+    meta = node.meta
+    meta.setdefault("kind", kind(node, module))
+    if meta.get("rank") is None:
+        meta["rank"] = rank(node, module)
+    if module is not None:
+        made = channels(module, meta["rank"])
+        if made is not None:
+            meta["channels"] = made
+        if isinstance(module, _KEEP_SHAPE_MODULES):
+            meta["keeps_shape"] = True
+
+
+def note_value(node: Node, value: object) -> None:
+    """Write what an example shows of a node's value into its ``meta``."""
+    if isinstance(value, torch.Tensor):
+        node.meta.update(kind="tensor", rank=value.dim(), shape=tuple(value.shape))
+    else:
+        node.meta["kind"] = "other"

@@ -1,0 +1,100 @@
+"""Counts of what a graph launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from reparam import facts
+from reparam.emit import Affine
+from reparam.report import Counts
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
+    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
+)  # fmt: skip
+_NORM_FUNCTIONS = frozenset("batch_norm instance_norm layer_norm group_norm rms_norm local_response_norm".split())
+_CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
+_ELEMENTWISE = frozenset(
+    """add iadd sub isub subtract rsub mul imul multiply truediv itruediv div divide true_divide neg negative addcmul
+    pow maximum minimum""".split()
+)
+_FREE_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
+_FREE_FUNCTIONS = frozenset(
+    """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as chunk
+    split split_with_sizes unbind narrow select detach dropout dropout2d alpha_dropout getitem getattr contiguous t to
+    type_as float _assert assert_is_none""".split()
+)
+
+# Kind of kernel of one call: a field of Counts, "other" for the rest, or None when nothing is launched.
+_KINDS = ("convolutions", "linears", "norms", "elementwise", "other")
+
+
+def count(graph: Graph, modules: Mapping[str, Any], parameters: int, multiply_adds: int | None = None) -> Counts:
+    """Count the kernels of one forward pass.
+
+    Args:
+        graph: What runs.
+        modules: The module for every target of a ``call_module`` node.
+        parameters: Number of parameters, to be passed on. Likewise ``multiply_adds``.
+    """
+    totals = dict.fromkeys(_KINDS, 0)
+    for node in graph.nodes:
+        for kind in _kinds(node, modules):
+            totals[kind] += 1
+    kernels = sum(totals.values())
+    del totals["other"]
+    return Counts(**totals, kernels=kernels, parameters=parameters, multiply_adds=multiply_adds)
+
+
+def _kinds(node: Node, modules: Mapping[str, Any]) -> list[str]:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, Affine):
+            kind = module_kind(module)
+            return [kind] if kind else []
+        # An opaque leaf launches at least what its own layers launch.
+        return [kind for inner in module.modules() if (kind := module_kind(inner))] or ["other"]
+    if node.op not in ("call_function", "call_method") or facts.reads_only_metadata(node):
+        return []
+    name = facts.target_name(node)
+    if name in _CONV_FUNCTIONS:
+        return ["convolutions"]
+    if name == "linear":
+        return ["linears"]
+    if name in _NORM_FUNCTIONS:
+        return ["norms"]
+    if name in _ELEMENTWISE:
+        return ["elementwise"] if node.meta.get("kind") != "other" else []
+    return [] if name in _FREE_FUNCTIONS or node.meta.get("kind") == "other" else ["other"]
+
+
+def module_kind(module: nn.Module) -> str | None:
+    """What kind of kernel a torch.nn layer launches, None when it launches none."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolutions"
+    if isinstance(module, nn.Linear):
+        return "linears"
+    if isinstance(module, _NORMS):
+        return "norms"
+    if isinstance(module, Affine):
+        return "elementwise"
+    is_layer = type(module).__module__.startswith("torch.nn.") and not list(module.children())
+    return "other" if is_layer and not isinstance(module, (*_FREE_MODULES, nn.Sequential, nn.ModuleList)) else None
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Numbers in a model's parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def multiply_adds_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Multiply-adds of the convolutions and matrix products in one call."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2

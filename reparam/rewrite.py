@@ -1,0 +1,496 @@
+"""The engine: rules that look at one node, and the driver that applies them until none matches.
+
+A :class:`Rule` returns a :class:`Rewrite` (these nodes equal those expressions), a :class:`Missed` (it would have
+been a match, but for this reason), or None. The driver certifies each rewrite in float64, puts it into the graph,
+checks that the graph became cheaper, and visits the neighbourhood again.
+
+Termination: every rewrite lowers the pair (kernels, nodes), which is bounded below; the driver enforces it. A
+rewritten node holds its operator as its target, in float64; :mod:`reparam.emit` makes layers of them when all is
+done, so numbers are rounded once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.fx import Node
+
+from reparam import facts
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad
+from reparam.emit import kernels_of
+from reparam.errors import RewriteError
+from reparam.lift import Refusal, Sum, lift
+from reparam.report import Remark
+from reparam.verify import certify
+
+
+@dataclass(frozen=True)
+class Apply:
+    """``operator(source)``, which equals ``sum(coefficient * term)`` over the terms that it stands for."""
+
+    operator: Operator
+    source: Node
+    terms: tuple[tuple[float, Node], ...]
+
+
+@dataclass(frozen=True)
+class Add:
+    """``sum(coefficient * expression)``, which equals the node's own sum term by term."""
+
+    terms: tuple[tuple[float, Node | Apply], ...]
+
+
+Expression: TypeAlias = "Node | Apply | Add"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Nodes and the expressions that take their places, all at once.
+
+    Attributes:
+        values: What replaces what.
+        message: What was done, for the remark.
+    """
+
+    values: tuple[tuple[Node, Expression], ...]
+    message: str
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A match that was refused.
+
+    Attributes:
+        reason: Why, in the user's terms.
+        node: The node that stays because of it; the visited one when left out.
+    """
+
+    reason: str
+    node: Node | None = None
+
+
+class Rule:
+    """One idea: looks at one node, and returns what could take its place.
+
+    Subclass it, state the formula in the docstring, and put an instance into the list given to
+    :func:`reparam.compile`.
+    """
+
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+        """What replaces ``node``, why nothing does, or None when the rule has no business here."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The name that remarks carry."""
+        return type(self).__name__
+
+
+@dataclass
+class Graph:
+    """A graph under rewriting: fx nodes, and what each of them computes.
+
+    Attributes:
+        fx: The torch.fx graph.
+        modules: The module at every path that its names refer to; the root at the empty one.
+    """
+
+    fx: torch.fx.Graph
+    modules: Mapping[str, nn.Module]
+    _lifted: dict[Node, Operator | Sum | Refusal | None] = field(default_factory=dict)
+
+    # Questions that rules ask.
+
+    def op(self, node: Node) -> Operator | Sum | Refusal | None:
+        """The operator that ``node`` applies, the sum that it is, or None."""
+        if isinstance(node.target, (Conv, ChannelAffine, AveragePool, Pad)):
+            return node.target
+        if node not in self._lifted:
+            self._lifted[node] = lift(node, self.modules)
+        return self._lifted[node]
+
+    def source(self, node: Node) -> Node:
+        """The activation that a linear operator reads."""
+        return next(source for source in node.all_input_nodes if source.op != "get_attr")
+
+    def readers(self, node: Node) -> list[Node]:
+        """The nodes that read the values of ``node``, not just its shape or type."""
+        return [reader for reader in node.users if not facts.reads_only_metadata(reader)]
+
+    def obstacle(self, node: Node, reader: Node) -> str | None:
+        """Why ``node`` cannot be absorbed into ``reader``, its reader, or None when it can.
+
+        Its value must not be needed elsewhere. Its shape may be, when another value of that shape remains.
+        """
+        readers = self.readers(node)
+        if len(readers) > 1:
+            return f"{describe(node)} has {len(readers)} readers"
+        if len(node.users) > len(readers) and self._shape_twin(node, reader) is None:
+            return f"the shape of {describe(node)} is read"
+        return None
+
+    def is_changed_between(self, source: Node, first: Node, last: Node) -> bool:
+        """Whether ``source`` might be changed in place after ``first`` has read it and before ``last`` does.
+
+        Only Python that was not traced could still do that.
+        """
+        return any(
+            self.is_opaque(reader) and first < reader < last
+            for alias in self._aliases(source)
+            for reader in alias.users
+        )
+
+    def is_opaque(self, node: Node) -> bool:
+        """Whether a node calls Python that was not traced."""
+        if node.op != "call_module":
+            return False
+        return not type(self.modules[str(node.target)]).__module__.startswith("torch.nn")
+
+    def path(self, node: Node) -> str:
+        """The module path that a remark about ``node`` names."""
+        return str(node.target) if node.op == "call_module" else str(node.meta.get("scope", ""))
+
+    def __str__(self) -> str:
+        from reparam.text import text
+
+        return text(self)
+
+    def _aliases(self, source: Node) -> Iterable[Node]:
+        """``source`` and what might share its memory, as far as opaque modules could reach it."""
+        yield source
+        yield from (reader for reader in source.users if isinstance(self.op(reader), type(None)))
+
+    # Changes, made by the driver.
+
+    def _shape_twin(self, node: Node, reader: Node) -> str | None:
+        """Where else the shape of an absorbed node can be read: at its source, or at the result."""
+        if isinstance(self.op(node), ChannelAffine):
+            return "source"
+        return "result" if isinstance(self.op(reader), (ChannelAffine, Sum)) else None
+
+    def region(self, terms: Iterable[Node], source: Node) -> list[Node]:
+        """The nodes between ``source`` and the terms, terms included, in graph order."""
+        found: set[Node] = set()
+        pending = [term for term in terms if term is not source]
+        while pending:
+            node = pending.pop()
+            if node in found or node is source or node.op == "get_attr":
+                continue
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+        return sorted(found)
+
+    def _materialise(self, value: Expression, replaced: Node) -> tuple[Node, list[Node]]:
+        """Put an expression into the graph: the node that holds it, and all new nodes."""
+        match value:
+            case Node():
+                return value, []
+            case Apply():
+                node = self._materialise_apply(value, replaced)
+                return node, [node]
+            case Add():
+                return self._materialise_add(value, replaced)
+
+    def _materialise_apply(self, value: Apply, replaced: Node) -> Node:
+        region = self.region([term for _, term in value.terms], value.source)
+        # Where the source is read first: there its value is what all of them read, and every user comes later.
+        anchor = region[0] if region else replaced
+        with self.fx.inserting_before(anchor):
+            name = {Conv: "conv", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}[type(value.operator)]
+            node = self.fx.create_node("call_function", value.operator, (value.source,), {}, name)  # type: ignore[arg-type]
+        node.meta = _merged_meta(region, value.operator, replaced)
+        return node
+
+    def _materialise_add(self, value: Add, replaced: Node) -> tuple[Node, list[Node]]:
+        import operator
+
+        made: list[Node] = []
+        terms = []
+        for coefficient, term in value.terms:
+            node, new = self._materialise(term, replaced)
+            made += new
+            terms.append((coefficient, node))
+        # A term that need not be scaled or negated goes first.
+        terms.sort(key=lambda term: (term[0] != 1.0, abs(term[0]) == 1.0))
+
+        def call(function: Callable[..., Any], *args: Any) -> Node:
+            node = self.fx.call_function(function, args)
+            node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank")} | {
+                "origins": frozenset()
+            }
+            made.append(node)
+            return node
+
+        with self.fx.inserting_before(replaced):
+            total: Node | None = None
+            for coefficient, node in terms:
+                if total is not None and abs(coefficient) == 1.0:
+                    total = call(operator.add if coefficient > 0 else operator.sub, total, node)
+                    continue
+                scaled = node if coefficient == 1.0 else call(operator.mul, node, coefficient)
+                total = scaled if total is None else call(operator.add, total, scaled)
+        assert total is not None
+        return total, made
+
+    def _apply(self, rewrite: Rewrite) -> tuple[list[Node], list[Node]]:
+        """Perform a rewrite; returns the nodes that came and those that went."""
+        new: list[Node] = []
+        dead: list[Node] = []
+        for node, value in rewrite.values:
+            twins = self._twins(node, value)
+            result, made = self._materialise(value, node)
+            new += made
+            for absorbed, twin in twins.items():
+                for reader in [reader for reader in absorbed.users if facts.reads_only_metadata(reader)]:
+                    reader.replace_input_with(
+                        absorbed, result if twin == "result" else self._surviving(absorbed, twins)
+                    )
+            node.replace_all_uses_with(result)
+            dead.append(node)
+        return new, self._erase(dead)
+
+    def _twins(self, node: Node, value: Expression) -> dict[Node, str]:
+        """For every absorbed node whose shape is read, where that shape can be read instead."""
+        applies = [value] if isinstance(value, Apply) else []
+        if isinstance(value, Add):
+            applies = [term for _, term in value.terms if isinstance(term, Apply)]
+        twins = {}
+        for apply in applies:
+            for absorbed in self.region([term for _, term in apply.terms], apply.source):
+                if absorbed is not node and len(absorbed.users) > len(self.readers(absorbed)):
+                    reader = next(iter(self.readers(absorbed)))
+                    twins[absorbed] = self._shape_twin(absorbed, reader) or "result"
+        return twins
+
+    def _surviving(self, node: Node, twins: dict[Node, str]) -> Node:
+        while twins.get(node) == "source":
+            node = self.source(node)
+        return node
+
+    def _erase(self, pending: list[Node]) -> list[Node]:
+        """Erase nodes that nobody reads, and what only they read."""
+        erased = []
+        while pending:
+            node = pending.pop()
+            if node.users or node.graph is not self.fx or node._erased or node.op in ("placeholder", "output"):
+                continue
+            if self.is_opaque(node):
+                continue
+            inputs = node.all_input_nodes
+            self.fx.erase_node(node)
+            erased.append(node)
+            pending.extend(inputs)
+        return erased
+
+
+def describe(node: Node) -> str:
+    """A value, for a remark: the layer that made it, or the operation."""
+    if node.op == "call_module":
+        return str(node.target)
+    if node.op == "placeholder":
+        return f"the input {node.target}"
+    where = node.meta.get("scope")
+    name = facts.target_name(node) or str(node.name)
+    return f"{name} in {where}" if where else name
+
+
+def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "scope": replaced.meta.get("scope", ""),
+        "kind": "tensor",
+        "rank": replaced.meta.get("rank"),
+        "origins": frozenset().union(*(origins(node) for node in region)),
+        "calls": tuple(call for node in region for call in calls(node)),
+    }
+    if "shape" in replaced.meta:
+        meta["shape"] = replaced.meta["shape"]
+    match operator:
+        case Conv():
+            meta["channels"] = (operator.out_channels, operator.axis)
+            meta["rank"] = meta["rank"] or (operator.dimensions + 2 if operator.dimensions else None)
+        case ChannelAffine():
+            meta["keeps_shape"] = not operator.may_expand
+    return meta
+
+
+def origins(node: Node) -> frozenset[str]:
+    """Paths of the modules whose parameters went into a node."""
+    if "origins" in node.meta:
+        found: frozenset[str] = node.meta["origins"]
+        return found
+    if node.op == "call_module":
+        return frozenset([str(node.target)])
+    owners = [str(source.target).rpartition(".")[0] for source in node.all_input_nodes if source.op == "get_attr"]
+    named = [owner for owner in owners if owner]
+    return frozenset(named)
+
+
+def calls(node: Node) -> tuple[str, ...]:
+    """What a node is made of, to tell two uses of the same layers from two different ones."""
+    if "calls" in node.meta:
+        found: tuple[str, ...] = node.meta["calls"]
+        return found
+    constants = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+    return (f"{node.op} {facts.target_name(node)} {' '.join(constants)}",)
+
+
+# Cost.
+
+
+def kernels(graph: Graph, node: Node) -> int:
+    """Kernels that a node launches."""
+    operator = graph.op(node)
+    match operator:
+        case Conv() | ChannelAffine() | Pad() | AveragePool():
+            return kernels_of(operator)
+        case Sum():
+            return max(1, len(operator.terms) - 1)
+    if node.op in ("placeholder", "get_attr", "output") or facts.reads_only_metadata(node):
+        return 0
+    return 1
+
+
+# The driver.
+
+
+@dataclass
+class Outcome:
+    """What the driver did.
+
+    Attributes:
+        remarks: A remark for every rewrite, and for every refusal that stood at the end.
+        certificates: Rewrites that were checked.
+        largest_error: Largest relative error among the checks.
+    """
+
+    remarks: list[Remark] = field(default_factory=list)
+    certificates: int = 0
+    largest_error: float = 0.0
+
+
+def rewrite(
+    graph: Graph,
+    rules: Sequence[Rule],
+    *,
+    verify: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Outcome:
+    """Apply rules until none matches.
+
+    Args:
+        graph: Changed in place.
+        rules: Tried in this order at every node.
+        verify: Certify every rewrite in float64, on random inputs that reach every border, to 1e-9 relative.
+        progress: Called with nodes visited, nodes in all, and the module path.
+
+    Raises:
+        VerificationError: A rewrite does not compute what it replaces. The graph is then of no use.
+        RewriteError: A rule returned a rewrite that does not make the graph cheaper.
+    """
+    outcome = Outcome()
+    total = len(graph.fx.nodes)
+    missed: dict[tuple[Node, str], str] = {}
+    waiting = deque(graph.fx.nodes)
+    queued = set(waiting)
+    visited = 0
+    while waiting:
+        node = waiting.popleft()
+        queued.discard(node)
+        if node._erased:
+            continue
+        visited += 1
+        if progress is not None:
+            progress(min(visited, total), total, graph.path(node))
+        for rule in rules:
+            match rule.rewrite(node, graph):
+                case Rewrite() as change:
+                    where = graph.path(node)
+                    if verify:
+                        error = certify(graph, change, where, rule.name)
+                        outcome.certificates += 1
+                        outcome.largest_error = max(outcome.largest_error, error)
+                    new = _perform(graph, rule, change)
+                    outcome.remarks.append(Remark("fused", rule.name, where, change.message))
+                    again = [other for other in _neighbourhood(graph, new or _remaining(change)) if other not in queued]
+                    waiting.extendleft(reversed(again))
+                    queued.update(again)
+                    break
+                case Missed() as refusal:
+                    missed[refusal.node or node, rule.name] = refusal.reason
+    for (node, name), reason in missed.items():
+        if not node._erased:
+            outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
+    return outcome
+
+
+def _perform(graph: Graph, rule: Rule, change: Rewrite) -> list[Node]:
+    """Apply a rewrite and check that the graph became cheaper."""
+    before = {node: kernels(graph, node) for node in _touched(graph, change)}
+    new, erased = graph._apply(change)
+    gone = sum(before.get(node, 0) for node in erased)
+    made = sum(kernels(graph, node) for node in new)
+    counted = len([node for node in erased if node.op != "get_attr"])
+    if (made, len(new)) >= (gone, counted):
+        raise RewriteError(
+            f"{rule.name} replaced {counted} nodes ({gone} kernels) by {len(new)} ({made} kernels): {change.message}; "
+            "a rule must make the graph cheaper"
+        )
+    return new
+
+
+def _touched(graph: Graph, change: Rewrite) -> list[Node]:
+    """All nodes that a rewrite may erase."""
+    found: dict[Node, None] = {}
+    pending = [node for node, _ in change.values]
+    stop = {apply.source for apply in applies(change)} | {v for _, v in change.values if isinstance(v, Node)}
+    while pending:
+        node = pending.pop()
+        if node in found or node in stop:
+            continue
+        found[node] = None
+        pending.extend(
+            source for source in node.all_input_nodes if source.op != "placeholder" and graph.op(source) is not None
+        )
+    return list(found)
+
+
+def applies(change: Rewrite) -> list[Apply]:
+    """The operators that a rewrite brings in."""
+    found = []
+    for _, value in change.values:
+        if isinstance(value, Apply):
+            found.append(value)
+        elif isinstance(value, Add):
+            found += [term for _, term in value.terms if isinstance(term, Apply)]
+    return found
+
+
+def _remaining(change: Rewrite) -> list[Node]:
+    return [value for _, value in change.values if isinstance(value, Node)]
+
+
+def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
+    """Nodes whose matches may have changed: the new ones, what they read, and who reads them or their sums."""
+    found: dict[Node, None] = {}
+    for node in nodes:
+        found[node] = None
+        for source in node.all_input_nodes:
+            found[source] = None
+        pending = list(node.users)
+        while pending:
+            reader = pending.pop()
+            if reader in found:
+                continue
+            found[reader] = None
+            if isinstance(graph.op(reader), Sum) and len(reader.users) == 1:
+                pending.extend(reader.users)
+    return sorted(found)
+
+
+__all__ = ["Add", "Apply", "Graph", "Missed", "Outcome", "Rewrite", "Rule", "Tensor", "rewrite"]

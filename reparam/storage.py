@@ -1,0 +1,225 @@
+"""Deploy files: a compiled model as one file that needs no training code, and writing any file safely.
+
+The file holds the compiled graph as data (:mod:`reparam.portable`) beside a plain state dict, so :func:`load` rebuilds
+the model without the class it was compiled from, and without running anything that the file brought along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from reparam import portable
+from reparam.checkpoint import DEPLOY_FORMAT, deploy_header, mismatch, read_file
+from reparam.errors import CheckpointError, ExportError
+
+VERSION = 1
+_CONSTANT = "constant:"  # in a safetensors file: the prefix of tensors that the model's state dict does not have
+
+
+def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a compiled model to a deploy file that :func:`load` rebuilds it from.
+
+    A ``.pth`` or ``.pt`` file is a ``torch.save`` of plain data, with an ordinary state dict under ``"state_dict"``; a
+    ``.safetensors`` file is that state dict, with the graph in its header. The write is atomic.
+
+    Args:
+        model: What :func:`reparam.compile` returned. Its report is stored with it.
+        path: Where to; the extension chooses the format.
+        metadata: More to store, of JSON's types; :func:`read_metadata` returns it.
+
+    Raises:
+        ExportError: The extension is unknown, the model is no graph of PyTorch layers and functions, or ``path``
+            cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ExportError(
+            f"{path}: a deploy file is .pth, .pt or .safetensors, not {path.suffix or 'without extension'}"
+        )
+    if not isinstance(model, GraphModule):
+        raise ExportError(
+            f"a {type(model).__name__} is no single graph, so a file cannot rebuild it without its source code; write "
+            ".onnx, or keep the weights alone with torch.save(model.state_dict(), ...)"
+        )
+    description, tensors = portable.describe(model)
+    description["channels_last"] = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
+    report = getattr(model, "report", None)
+    about = {"report": report.to_dict()} if report is not None else {}
+    header = {
+        "format": DEPLOY_FORMAT,
+        "version": str(VERSION),
+        "graph": json.dumps(description, allow_nan=False),
+        "metadata": json.dumps({**about, **(metadata or {})}),
+    }
+    transient = {name for name, kind in description["constants"].items() if kind == "transient"}
+    with atomic_write(path) as temporary:
+        if path.suffix == ".safetensors":
+            _write_safetensors(temporary, header, tensors, transient)
+        else:
+            _write_pickle(temporary, header, tensors, transient)
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> GraphModule:
+    """Rebuild a compiled model from a deploy file, in eval mode, its parameters frozen.
+
+    Nothing in the file is executed: ``.pth`` is read with ``weights_only=True``, and the graph may only ask for
+    PyTorch's own layers, tensor functions and tensor methods.
+
+    Args:
+        path: What :func:`save`, or ``reparam fuse``, wrote.
+        device: Where to put the tensors.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, of an unknown version, no deploy file, or asks for more than
+            a deploy file may.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    if header is None:
+        raise CheckpointError(
+            f"{path}: is a training checkpoint, not a deploy file; make one with reparam.save, or with reparam fuse"
+        )
+    try:
+        description = json.loads(header["graph"])
+        problem = mismatch(portable.expected_tensors(description), tensors, extra=description["constants"])
+        if problem:
+            raise CheckpointError(f"its weights do not fit its graph: {problem}")
+        for name in description["channels_last"]:
+            tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        model = portable.rebuild(description, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its graph is damaged ({type(error).__name__}: {error})") from error
+    return model.to(device)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
+    """What :func:`save` stored beside the model, such as ``report``; None when the file is no deploy file.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of an unknown version.
+    """
+    header, _ = _read(Path(path))
+    if header is None:
+        return None
+    try:
+        return dict(json.loads(header.get("metadata", "{}")))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error})") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Write a file completely or not at all.
+
+    The body writes to the path it is given, in the same folder; on success that file takes the place of ``path``, on
+    any exception (an interrupt included) it is removed. An older ``path`` stays intact until then.
+
+    Raises:
+        ExportError: As :func:`check_destination`, or the system refuses (permissions, a full disk).
+    """
+    check_destination(path)
+    path = Path(os.path.realpath(path))  # a link stays a link; what it points to is replaced
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        temporary.touch(exist_ok=False)
+        permissions = temporary.stat().st_mode  # as the user's umask has it; some writers make a private file
+        yield temporary
+        temporary.chmod(permissions)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # otherwise a power cut can leave the new name on an empty file
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_destination(path: str | Path, *, never: tuple[Path, ...] = ()) -> None:
+    """Refuse a path that cannot or must not be written, before any work is done for it.
+
+    Args:
+        path: The file to write; an older one may be replaced.
+        never: Files that must not be replaced, whatever name or link reaches them.
+
+    Raises:
+        ExportError: Its folder does not exist, or it is no ordinary file, or one of ``never``.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path}: is not an ordinary file")
+    if any(path.exists() and path.samefile(other) for other in never):
+        raise ExportError(f"{path}: is the input, which is never overwritten; choose another output")
+
+
+def _write_pickle(path: Path, header: dict[str, str], tensors: dict[str, Tensor], transient: set[str]) -> None:
+    shared: dict[object, Tensor] = {}  # a tied tensor is written once, and tied again when read
+    compact = {name: shared.setdefault(_identity(tensor), _compact(tensor)) for name, tensor in tensors.items()}
+    payload = {
+        **header,
+        "state_dict": {name: tensor for name, tensor in compact.items() if name not in transient},
+        "constants": {name: compact[name] for name in sorted(transient)},
+    }
+    try:
+        torch.save(payload, path)
+    except RuntimeError as error:  # PyTorch's own writer reports a full disk like this
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def _write_safetensors(path: Path, header: dict[str, str], tensors: dict[str, Tensor], transient: set[str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    named = {(_CONSTANT if name in transient else "") + name: _compact(tensor) for name, tensor in tensors.items()}
+    try:
+        save_file(named, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _read(path: Path) -> tuple[Mapping[str, str] | None, dict[str, Tensor]]:
+    """Header and tensors of a deploy file; no header when the file is some other checkpoint."""
+    payload, strings = read_file(path)
+    header = deploy_header(payload, strings)
+    if header is None:
+        return None, {}
+    if str(header.get("version")) != str(VERSION):
+        raise CheckpointError(
+            f"{path}: has version {header.get('version')} of the deploy format, and this reparam reads {VERSION}; "
+            "upgrade reparam"
+        )
+    if header is not payload:
+        return header, {name.removeprefix(_CONSTANT): tensor for name, tensor in payload.items()}
+    tensors: dict[str, Tensor] = {}
+    for group in (header.get("state_dict"), header.get("constants")):
+        if not isinstance(group, Mapping) or not all(map(torch.is_tensor, group.values())):
+            raise CheckpointError(f"{path}: is a damaged deploy file: its weights are missing")
+        tensors.update(group)
+    return header, tensors
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A copy with a storage of its own: a view would drag all of its storage into the file."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _identity(tensor: Tensor) -> object:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.numel() or id(tensor)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Kernels differ in the last bit by memory layout, so a file has to bring it back."""
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)

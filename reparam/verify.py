@@ -1,0 +1,267 @@
+"""Certificates: each rewrite as it happens, and whole models on their inputs.
+
+A rewrite is certified by running what it replaces with torch's own functions, in float64, on random input small
+enough to be quick and large enough to reach every border; a right rule agrees to about 1e-13, so 1e-9 leaves no
+room for a mistake at an edge. Whole models are compared in their own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from reparam.algebra import ChannelAffine, Conv, Operator
+from reparam.errors import VerificationError
+from reparam.report import Comparison
+
+if TYPE_CHECKING:
+    from reparam.rewrite import Apply, Graph, Rewrite
+
+CERTIFICATE_TOLERANCE = 1e-9
+
+# What rounding may add up to over a whole network, relative to the largest output.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+# Rewrites.
+
+
+def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
+    """Check that a rewrite computes what it replaces.
+
+    Returns:
+        The largest relative error.
+
+    Raises:
+        VerificationError: It does not, by more than 1e-9 of the largest magnitude.
+    """
+    from reparam.rewrite import Add, applies
+
+    largest = 0.0
+    for apply in applies(rewrite):
+        for x in _inputs(apply.operator, apply.source):
+            expected = _evaluate_terms(graph, apply, x)
+            actual = apply.operator.double()(x) if isinstance(apply.operator, Conv) else apply.operator(x)
+            largest = max(largest, _check(actual, expected, where, rule))
+    for node, value in rewrite.values:
+        total = value if isinstance(value, Add) else Add(((1.0, value),))
+        largest = max(largest, _check_addition(graph, node, total, where, rule))
+    return largest
+
+
+def _generator() -> torch.Generator:
+    """The same random numbers for every certificate: compilation is deterministic."""
+    return torch.Generator().manual_seed(0)
+
+
+def _evaluate_terms(graph: Graph, apply: Apply, x: Tensor) -> Tensor:
+    env: dict[Node, Any] = {apply.source: x}
+    total: Tensor | None = None
+    for coefficient, term in apply.terms:
+        value = coefficient * _evaluate(graph, term, env)
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str) -> float:
+    """The sum itself, over random values in place of its terms."""
+    leaves = [
+        pair
+        for coefficient, term in value.terms
+        for pair in ([(coefficient, term)] if isinstance(term, Node) else [(coefficient * c, t) for c, t in term.terms])
+    ]
+    generator = _generator()
+    shape = (2, 3, 4, 5, 6)[: node.meta.get("rank") or 4]
+    env: dict[Node, Any] = {}
+    for _, leaf in leaves:
+        env.setdefault(leaf, torch.randn(shape, dtype=torch.float64, generator=generator))
+    expected = _evaluate(graph, node, dict(env))
+    actual = sum(coefficient * env[leaf] for coefficient, leaf in leaves)
+    assert isinstance(actual, Tensor)
+    return _check(actual, expected, where, rule)
+
+
+def _check(actual: Tensor, expected: Tensor, where: str, rule: str) -> float:
+    if actual.shape != expected.shape:
+        raise VerificationError(
+            f"{rule} at {where or 'the model'} would change a shape from {tuple(expected.shape)} to "
+            f"{tuple(actual.shape)}; this is a defect of the rule, please report it"
+        )
+    comparison = Comparison(_relative_error(expected, actual), CERTIFICATE_TOLERANCE, 1)
+    if not comparison.largest_error <= comparison.tolerance:
+        raise VerificationError(
+            f"{rule} at {where or 'the model'} would change the result ({comparison}); this is a defect of the rule, "
+            "please report it",
+            comparison,
+        )
+    return comparison.largest_error
+
+
+def _inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
+    """Random float64 inputs of small, odd sizes that reach every border, and every phase of a stride."""
+    generator = _generator()
+    rank = source.meta.get("rank")
+    match operator:
+        case Conv() if operator.dimensions == 0:
+            shapes = [(*(range(2, 2 + (rank or 2) - 1)), operator.in_channels)]
+        case Conv():
+            least = [
+                max(extent + 1 - min(0, pad[0]) - min(0, pad[1]), *pad) + 2 * stride + 1 + axis
+                for axis, (extent, pad, stride) in enumerate(
+                    zip(operator.extent, operator.padding, operator.stride, strict=True)
+                )
+            ]
+            phases = max(operator.stride)
+            shapes = [(1, operator.in_channels, *(size + phase for size in least)) for phase in range(min(phases, 3))]
+        case ChannelAffine() if operator.axis is not None:
+            rank = max(rank or 0, 1 - operator.axis)
+            sizes = list(range(2, 2 + rank))
+            sizes[operator.axis] = len(operator.scale)
+            shapes = [tuple(sizes)]
+        case _:
+            shapes = [tuple(range(2, 2 + (rank or 4)))]
+    for shape in shapes:
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        yield x.to(operator.weight.device if isinstance(operator, Conv) else _device(operator))
+
+
+def _device(operator: Operator) -> torch.device:
+    return operator.scale.device if isinstance(operator, ChannelAffine) else torch.device("cpu")
+
+
+def _evaluate(graph: Graph, node: Node, env: dict[Node, Any]) -> Any:
+    """The value of a node in float64, with torch's own functions, given the values of some earlier nodes."""
+    if node in env:
+        return env[node]
+
+    def value(item: Node) -> Any:
+        return _evaluate(graph, item, env)
+
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
+    match node.op:
+        case "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            result = _double(getattr(graph.modules[owner], name))
+        case "call_module":
+            module = graph.modules[str(node.target)]
+            tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+            result = torch.func.functional_call(module, {k: _double(v) for k, v in tensors.items()}, args, kwargs)
+        case "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        case _:
+            function = node.target.double() if isinstance(node.target, Conv) else node.target
+            result = function(*args, **kwargs)  # type: ignore[operator]
+    env[node] = result
+    return result
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor
+
+
+# Whole models.
+
+
+def verify(a: nn.Module, b: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Comparison:
+    """Run two models on the same inputs and compare everything that they return.
+
+    Both run in eval mode, without gradients, and are left in the mode they were in.
+
+    Args:
+        a: The reference.
+        b: What must agree with it.
+        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        tolerance: Largest absolute difference allowed, relative to the largest magnitude in the reference's output.
+            Left out: 1e-9 in float64, 1e-4 in float32, 5e-2 in float16, 2e-1 in bfloat16.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        VerificationError: They disagree by more than the tolerance, or return different structures.
+    """
+    args, kwargs = as_call(inputs)
+    return compare(run(a, args, kwargs), run(b, args, kwargs), tolerance)
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs, as people write them, as arguments of a call."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a model returns in eval mode, on copies of the arguments; its own modes are put back."""
+    modes = {module: module.training for module in model.modules()}
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
+    try:
+        for module in modes:
+            module.training = False
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def compare(expected: Any, actual: Any, tolerance: float | None = None) -> Comparison:
+    """Compare two outputs of any structure.
+
+    Raises:
+        VerificationError: They disagree.
+    """
+    reference, structure = torch.utils._pytree.tree_flatten(_plain(expected))
+    result, other = torch.utils._pytree.tree_flatten(_plain(actual))
+    if structure != other:
+        raise VerificationError(f"the models return different structures: {structure} and {other}")
+    largest, allowed, tensors = 0.0, tolerance or 0.0, 0
+    for x, y in zip(reference, result, strict=True):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            if type(x) is not type(y) or x != y:
+                raise VerificationError(f"the models return different values: {x!r} and {y!r}")
+            continue
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise VerificationError(
+                f"the models return different tensors: {tuple(x.shape)} of {x.dtype} and {tuple(y.shape)} of {y.dtype}"
+            )
+        tensors += 1
+        largest = max(largest, _relative_error(x, y))
+        if tolerance is None:
+            allowed = max(allowed, TOLERANCES.get(x.dtype, 0.0))
+    comparison = Comparison(largest, allowed, tensors)
+    if not largest <= allowed:
+        raise VerificationError(f"the models disagree: {comparison}", comparison)
+    return comparison
+
+
+def _plain(value: Any) -> Any:
+    """A graph returns a plain dict where a model may have returned a subclass of one."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _relative_error(reference: Tensor, result: Tensor) -> float:
+    """Largest absolute difference over the largest magnitude; nan or inf must match in place."""
+    if reference.numel() == 0:
+        return 0.0
+    x, y = reference.detach().double(), result.detach().to(reference.device).double()
+    finite = torch.isfinite(x)
+    if not torch.equal(finite, torch.isfinite(y)) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = x[finite].abs().max().item()
+    difference = (x[finite] - y[finite]).abs().max().item()
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
