@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from support import count_calls as count_calls
 from support import declare_torchvision_ops, randomise
 
+sys.path.pop(0)  # or its folders tests/reparam and tests/models would be found when the packages are looked for
 declare_torchvision_ops()
 
-import timm  # noqa: E402  (needs the declarations)
+import timm  # noqa: E402  (needs the declarations, so whoever uses timm gets it from here)
+from timm.utils.model import reparameterize_model as reparameterize_model  # noqa: E402
 
 # Piped into a file or a CI log there is no terminal to ask for its width, and 80 columns would cut the tables.
 console = Console() if sys.stdout.isatty() else Console(width=140)
@@ -42,7 +45,7 @@ def parser(description: str, models: list[str] | None = None) -> argparse.Argume
 def training_model(name: str) -> tuple[nn.Module, Tensor]:
     """Return timm's training-time ``name``, with statistics as after training, and one image, both float32."""
     model = randomise(timm.create_model(name, pretrained=False)).eval()
-    size = model.pretrained_cfg["input_size"]
+    size = timm.get_pretrained_cfg(name).input_size
     return model, torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
 
@@ -64,7 +67,12 @@ class Timing:
         return f"{self.median * scale:.2f} {unit} ({self.low * scale:.2f} to {self.high * scale:.2f})"
 
 
-def measure(contestants: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 1) -> dict[str, Timing]:
+def measure(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmups: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Time each contestant once a round, so that a slow minute of the machine falls on all of them alike.
 
     Every other round runs backwards: nobody always follows the same neighbour.
@@ -75,9 +83,9 @@ def measure(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup
     for index in range(rounds):
         for name in list(contestants) if index % 2 == 0 else reversed(list(contestants)):
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: _summarise(values) for name, values in seconds.items()}
 
 

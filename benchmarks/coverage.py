@@ -12,17 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from rich.table import Table
-from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam
-from common import console, parser, relative_error, training_model, write_json
+from common import console, count_calls, parser, relative_error, reparameterize_model, training_model, write_json
 
 MODELS = [
     "repvit_m0_9",
@@ -49,33 +46,17 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "reparam.compile": lambda model, image: reparam.compile(model, image),
 }
 
-PRODUCTS = {"convolution", "linear", "addmm", "mm"}  # weights times activations; attention's bmm is neither
-NORMS = {"native_batch_norm", "_native_batch_norm_legit_no_training", "native_layer_norm", "native_group_norm"}
 WRONG = 1e-4  # of the largest output
-
-
-class KernelCounter(TorchDispatchMode):
-    """Counts the operators that reach the dispatcher inside a ``with`` block, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = self.norms = self.elementwise = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.products += name in PRODUCTS
-        self.norms += name in NORMS
-        self.elementwise += torch.Tag.pointwise in func.tags
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one way made of one model, or why it made nothing."""
 
-    products: int = 0
+    products: int = 0  # convolutions and matrix products
     norms: int = 0
-    elementwise: int = 0
+    elementwise: int = 0  # arithmetic, without activations
+    kernels: int = 0  # the three above and all others
     error: float = 0.0
     failure: str = ""
 
@@ -83,23 +64,23 @@ class Outcome:
         if self.failure:
             return f"fails: {self.failure}"
         wrong = f" WRONG by {self.error:.0e}" if not self.error < WRONG else ""
-        return f"{self.products} / {self.norms} / {self.elementwise}{wrong}"
+        return f"{self.products} / {self.norms} / {self.elementwise} / {self.kernels}{wrong}"
 
 
 @torch.no_grad()
 def outcome(way: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module, image: Tensor) -> Outcome:
     try:
         fused = way(copy.deepcopy(model), image).eval()
-        with KernelCounter() as counter:
-            fused(image)
+        calls = count_calls(fused, image)
         error = relative_error(fused.double()(image.double()), copy.deepcopy(model).double()(image.double()))
     except Exception as exception:  # whatever a tool raises is its result
         return Outcome(failure=f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}")
-    return Outcome(counter.products, counter.norms, counter.elementwise, error)
+    products = calls["convolution"] + calls["linear"]
+    return Outcome(products, calls["norm"], calls["elementwise"], calls["kernels"], error)
 
 
 def render(results: dict[str, dict[str, Outcome]]) -> Table:
-    caption = "convolutions and linears / norms / element-wise; one image"
+    caption = "convolutions and matrix products / norms / element-wise arithmetic / all kernels, for one image"
     table = Table("model", *WAYS, title="Kernels of one inference", caption=caption)
     for name, outcomes in results.items():
         cells = (

@@ -8,6 +8,7 @@ and PyTorch's exporter folds constants: its column shows what is left to gain af
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -15,11 +16,10 @@ from functools import partial
 import onnxruntime
 import torch
 from rich.table import Table
-from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 import reparam
-from common import Timing, console, measure, parser, training_model, write_json
+from common import Timing, console, measure, parser, reparameterize_model, training_model, write_json
 
 MODELS = ["repvit_m0_9", "repvit_m2_3", "repvgg_a0", "mobileone_s0", "fastvit_t8", "repghostnet_100"]
 GRAPHS = ("training", "timm", "reparam")
@@ -27,7 +27,9 @@ GRAPHS = ("training", "timm", "reparam")
 
 def session(model: nn.Module, images: Tensor, threads: int) -> Callable[[], object]:
     """Return an inference of ``model`` on ``images`` in ONNX Runtime."""
-    program = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, about PyTorch
+        program = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
     assert program is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

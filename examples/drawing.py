@@ -177,7 +177,7 @@ def draw_facts(axes: Axes, facts: Sequence[Fact]) -> None:
 
 
 def draw_latencies(axes: Axes, latencies: Sequence[Latency]) -> None:
-    """Draw one bar a runner: the median, and a whisker from the lower to the upper quartile."""
+    """Draw a bar a runner, each compiled one after its trained one: the median, with a whisker between quartiles."""
     names = [latency.name for latency in latencies]
     medians = [latency.median for latency in latencies]
     spread = [
@@ -187,7 +187,10 @@ def draw_latencies(axes: Axes, latencies: Sequence[Latency]) -> None:
     colours = [COMPILED if "compiled" in name else TRAINED for name in names]
     axes.barh(names, medians, xerr=spread, color=colours, height=0.62, ecolor=INK, error_kw={"lw": 1.2})
     for row, latency in enumerate(latencies):
-        axes.text(latency.high, row, f"  {latency.median:.2f} ms", va="center", color=INK, fontsize=11)
+        text = f"  {latency.median:.2f} ms"
+        if "compiled" in latency.name:
+            text += f", {latencies[row - 1].median / latency.median:.1f}× as fast"
+        axes.text(latency.high, row, text, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, max(latency.high for latency in latencies) * 1.22)
     axes.invert_yaxis()
     axes.tick_params(length=0, labelsize=11, labelcolor=INK)

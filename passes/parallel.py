@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch.fx import Node
 
-from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad, parallel
+from reparam.algebra import AveragePool, ChannelAffine, Conv, parallel
 from reparam.emit import kernels_of
 from reparam.errors import AlgebraError
 from reparam.lift import Sum
@@ -25,17 +25,8 @@ class _Term:
 
     coefficient: float
     node: Node
-    operator: Operator
+    operator: Conv | ChannelAffine | AveragePool
     source: Node
-
-    @property
-    def scaled(self) -> Operator:
-        if self.coefficient == 1.0:
-            return self.operator
-        match self.operator:
-            case Conv() | ChannelAffine():
-                return self.operator.scaled(self.coefficient)
-        raise AlgebraError("a scaled pool")
 
     @property
     def is_bare(self) -> bool:
@@ -60,6 +51,8 @@ class ParallelBranches(Rule):
         groups: dict[Node, list[_Term]] = {}
         for term in terms:
             groups.setdefault(term.source, []).append(term)
+        if any(graph.is_changed_between(term, total, node) for total, term in _reads(node, graph)):
+            return Missed("one of its terms may be changed in place before the last is added")
         reasons: list[str] = []
         merged = {source: _merge(group, graph, node, reasons) for source, group in groups.items()}
         if not any(isinstance(value, Apply) for values in merged.values() for _, value in values):
@@ -74,8 +67,10 @@ class ParallelBranches(Rule):
 
     def _is_part_of_another(self, node: Node, graph: Graph) -> bool:
         """Whether a larger sum will take this one in."""
-        readers = graph.readers(node)
-        return len(node.users) == 1 == len(readers) and _sum_of(readers[0], graph) is not None
+        if len(node.users) != 1:
+            return False
+        reader = _sum_of(next(iter(node.users)), graph)
+        return reader is not None and _is_read_once(node, reader)
 
 
 def _sum_of(node: Node, graph: Graph) -> Sum | None:
@@ -90,15 +85,31 @@ def _sum_of(node: Node, graph: Graph) -> Sum | None:
     return None
 
 
+def _is_read_once(term: Node, total: Sum) -> bool:
+    """Whether only ``total`` reads the value, and only once: ``t + t`` would spread a sum ``t`` twice."""
+    return len(term.users) == 1 and [node for _, node in total.terms].count(term) == 1
+
+
 def _terms(node: Node, graph: Graph, coefficient: float = 1.0) -> Iterator[_Term]:
     """The terms of a sum, through the sums that only it reads."""
     total = _sum_of(node, graph)
     assert total is not None
     for factor, term in total.terms:
-        if len(term.users) == 1 and _sum_of(term, graph) is not None:
+        if _is_read_once(term, total) and _sum_of(term, graph) is not None:
             yield from _terms(term, graph, coefficient * factor)
         else:
             yield _term(coefficient * factor, term, graph)
+
+
+def _reads(node: Node, graph: Graph) -> Iterator[tuple[Node, Node]]:
+    """Every partial sum, with each of its terms."""
+    total = _sum_of(node, graph)
+    assert total is not None
+    for _, term in total.terms:
+        if _is_read_once(term, total) and _sum_of(term, graph) is not None:
+            yield from _reads(term, graph)
+        else:
+            yield node, term
 
 
 def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
@@ -130,7 +141,7 @@ def _size(term: _Term) -> int:
 def _value(cluster: list[_Term]) -> list[tuple[float, Node | Apply]]:
     if len(cluster) == 1 or all(term.is_bare for term in cluster):
         return [(term.coefficient, term.node) for term in cluster]
-    operator = parallel([term.scaled for term in cluster])
+    operator = parallel([term.operator.scaled(term.coefficient) for term in cluster])
     return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
 
 
@@ -145,8 +156,7 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
         if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, (Conv, ChannelAffine)):
             return f"the shape of {describe(term.node)} is read"
     try:
-        # Shapes decide, so numbers need not be computed to find out.
-        merged = parallel([_without_numbers(term.scaled) for term in cluster])
+        merged = parallel([term.operator for term in cluster], outline=True)
     except AlgebraError as reason:
         return str(reason)
     before = sum(0 if term.is_bare else kernels_of(term.operator) for term in cluster) + len(cluster) - 1
@@ -158,15 +168,3 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
         if merged.multiply_adds > _GROWTH * apart + _ALLOWANCE * saved * merged.out_channels:
             return f"one kernel would take {merged.multiply_adds / max(1, apart):.1f} times the multiply-adds"
     return None
-
-
-def _without_numbers(operator: Operator) -> Operator:
-    match operator:
-        case Conv():
-            bias = None if operator.bias is None else operator.bias.to("meta")
-            return replace(operator, weight=operator.weight.to("meta"), bias=bias)
-        case ChannelAffine():
-            shift = None if operator.shift is None else operator.shift.to("meta")
-            return replace(operator, scale=operator.scale.to("meta"), shift=shift)
-        case AveragePool() | Pad():
-            return operator

@@ -99,14 +99,15 @@ class ChannelAffine:
         scaled = x * self.scale.view(shape)
         return scaled if self.shift is None else scaled + self.shift.view(shape)
 
-    def on(self, channels: int, axis: int | None) -> tuple[Tensor, Tensor | None]:
-        """Scale of shape ``(channels,)`` along ``axis``, and the shift likewise.
+    def on(self, channels: int, axis: int | None, device: torch.device | None) -> tuple[Tensor, Tensor | None]:
+        """Scale of shape ``(channels,)`` along ``axis``, and the shift likewise; uniform ones move to ``device``.
 
         Raises:
             AlgebraError: This operator works along another axis or on another number of channels.
         """
         if self.axis is None:
-            return self.scale.expand(channels), None if self.shift is None else self.shift.expand(channels)
+            shift = None if self.shift is None else self.shift.to(device).expand(channels)
+            return self.scale.to(device).expand(channels), shift
         if self.axis != axis:
             raise AlgebraError(f"it works along axis {self.axis}, not along the channels' axis {axis}")
         if len(self.scale) != channels:
@@ -126,13 +127,13 @@ class ChannelAffine:
         (s, t), (s_in, t_in), axis = _on_common_channels(self, inner)
         return ChannelAffine(s * s_in, _add(None if t_in is None else s * t_in, t), axis)
 
-    def as_conv(self, channels: int, dimensions: int) -> Conv:
+    def as_conv(self, channels: int, dimensions: int, *, device: torch.device | None = None) -> Conv:
         """This operator, on an input of ``channels`` channels, as a depthwise convolution with a single tap.
 
         Raises:
             AlgebraError: It works along another axis or on another number of channels.
         """
-        scale, shift = self.on(channels, -dimensions - 1)
+        scale, shift = self.on(channels, -dimensions - 1, device)
         return Conv(scale.reshape(channels, *[1] * (dimensions + 1)), shift, groups=channels)
 
 
@@ -152,9 +153,9 @@ def _on_common_channels(
     a: ChannelAffine, b: ChannelAffine
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None], int | None]:
     _refuse_expansion(a, b)
-    axis = b.axis if a.axis is None else a.axis
-    channels = max(len(a.scale), len(b.scale))
-    return a.on(channels, axis), b.on(channels, axis), axis
+    lead = b if a.axis is None else a
+    channels, axis, device = len(lead.scale), lead.axis, lead.scale.device
+    return a.on(channels, axis, device), b.on(channels, axis, device), axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +169,8 @@ class Conv:
         padding: ``(before, after)`` an axis; (0, 0) when left out. Negative amounts crop.
         groups: Number of blocks of channels that do not mix.
         padding_mode: What the padding reads: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        gain: Shape ``(out_channels,)``: what every output channel's kernel is to be multiplied by, or None. Kept
+            apart, so that a norm is folded in without a copy of the kernel; :attr:`kernel` is the product.
 
     Raises:
         AlgebraError: One axis is cropped on one side and reflected, replicated or wrapped on the other, where
@@ -181,6 +184,7 @@ class Conv:
     dilation: Ints = ()
     groups: int = 1
     padding_mode: str = ZEROS
+    gain: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", self.weight.detach())
@@ -196,6 +200,14 @@ class Conv:
             raise AlgebraError(f"a crop beside {self.padding_mode} padding")
 
     # What it is.
+
+    @property
+    def kernel(self) -> Tensor:
+        """The numbers that multiply the input: weight times gain, in float64. Not to be written to."""
+        if self.gain is None:
+            return _double(self.weight)
+        kernel = self.weight.to(torch.float64, copy=True)
+        return kernel.mul_(self.gain.view(-1, *[1] * (kernel.dim() - 1)))
 
     @property
     def dimensions(self) -> int:
@@ -266,16 +278,16 @@ class Conv:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.dimensions == 0:
             # A grouped matrix product exists only on the way to a dense one.
-            return F.linear(x, self.regroup(1).weight.to(x.dtype), bias)
+            return F.linear(x, self.regroup(1).kernel.to(x.dtype), bias)
         x = _pad(x, self.padding, self.padding_mode)
         convolve = _CONVOLVE[self.dimensions]
-        return convolve(x, self.weight.to(x.dtype), bias, self.stride, 0, self.dilation, self.groups)
+        return convolve(x, self.kernel.to(x.dtype), bias, self.stride, 0, self.dilation, self.groups)
 
     # One operator, written differently.
 
     def double(self) -> Conv:
         """The same operator with its numbers in float64."""
-        return replace(self, weight=_double(self.weight))
+        return replace(self, weight=self.kernel, gain=None)
 
     def regroup(self, groups: int) -> Conv:
         """The same operator in fewer groups: a block-diagonal kernel, zero between the old groups.
@@ -289,7 +301,7 @@ class Conv:
             raise AlgebraError(f"{self.groups} groups cannot be written as {groups}")
         blocks = self.groups // groups
         rows, columns = self.out_channels // self.groups, self.weight.shape[1]
-        old = _double(self.weight).reshape(groups, blocks, rows, columns, *self.kernel_size)
+        old = self.weight.reshape(groups, blocks, rows, columns, *self.kernel_size)
         new = old.new_zeros(groups, blocks, rows, blocks, columns, *self.kernel_size)
         new.diagonal(dim1=1, dim2=3).copy_(old.movedim(1, -1))
         weight = new.reshape(self.out_channels, blocks * columns, *self.kernel_size)
@@ -307,7 +319,7 @@ class Conv:
             (before + d * more[0], after + d * more[1])
             for (before, after), d, more in zip(self.padding, self.dilation, taps, strict=True)
         )
-        return replace(self, weight=F.pad(_double(self.weight), _flat_padding(taps)), padding=padding)
+        return replace(self, weight=F.pad(self.weight, _flat_padding(taps)), padding=padding)
 
     def undilate(self) -> Conv:
         """The same operator with dilation 1: zeros between the taps."""
@@ -325,12 +337,11 @@ class Conv:
         ]
 
     def _on(self, lattice: Sequence[_Lattice]) -> Tensor:
-        """The kernel spread over a lattice of taps that contains its own, zero elsewhere, in float64."""
+        """The weight spread over a lattice of taps that contains its own, zero elsewhere."""
         if all(own.same_taps(taps) for own, taps in zip(self._lattices, lattice, strict=True)):
-            return _double(self.weight)
-        shape = (*self.weight.shape[:2], *(taps.count for taps in lattice))
-        weight = self.weight.new_zeros(shape, dtype=torch.float64)
-        weight[_within(self._lattices, lattice)] = _double(self.weight)
+            return self.weight
+        weight = self.weight.new_zeros(*self.weight.shape[:2], *(taps.count for taps in lattice))
+        weight[_within(self._lattices, lattice)] = self.weight
         return weight
 
     # Combined with other operators.
@@ -345,10 +356,9 @@ class Conv:
         Raises:
             AlgebraError: The scale is along another axis, or broadcasts to more channels.
         """
-        scale, shift = norm.on(self.out_channels, self.axis)
-        # A float32 kernel times a float64 scale is computed and stored in float64, in a single pass.
-        weight = self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
-        return replace(self, weight=weight, bias=_add(None if self.bias is None else scale * self.bias, shift))
+        scale, shift = norm.on(self.out_channels, self.axis, self.weight.device)
+        bias = _add(None if self.bias is None else scale * self.bias, shift)
+        return replace(self, gain=scale if self.gain is None else scale * self.gain, bias=bias)
 
     def after(self, inner: ChannelAffine | Conv | Pad) -> Conv:
         """``self(inner(x))`` as one convolution.
@@ -371,7 +381,7 @@ class Conv:
         and wrapped values have the shift in them, and are no obstacle.
         """
         _refuse_expansion(norm)
-        scale, shift = norm.on(self.in_channels, self.axis)
+        scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
         if self.pads and self.padding_mode == ZEROS and shift is not None and bool(shift.any()):
             raise AlgebraError("shift before zero padding")
         columns = self.weight.shape[1]
@@ -382,9 +392,9 @@ class Conv:
             spread = grouped.expand(self.groups, self.out_channels // self.groups, columns)
             return spread.reshape(self.out_channels, columns, *[1] * self.dimensions)
 
-        weight = self.weight * rows(scale)
-        constant = None if shift is None else (self.weight * rows(shift)).flatten(1).sum(1)
-        return replace(self, weight=weight, bias=_add(self.bias, constant))
+        kernel = self.kernel
+        constant = None if shift is None else (kernel * rows(shift)).flatten(1).sum(1)
+        return replace(self, weight=kernel * rows(scale), bias=_add(self.bias, constant), gain=None)
 
     def _after_pad(self, pad: Pad) -> Conv:
         """A padding before a convolution is the convolution's own, when both pad the same way."""
@@ -484,7 +494,7 @@ class AveragePool:
     kernel_size: Ints
     stride: Ints
     padding: Ints
-    divisor: int | None = None
+    divisor: float | None = None
     dimensions: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -494,6 +504,11 @@ class AveragePool:
         """The pooled ``x``."""
         pooled = _POOL[self.dimensions](x, self.kernel_size, self.stride, self.padding)
         return pooled * (math.prod(self.kernel_size) / self.divisor) if self.divisor else pooled
+
+    def scaled(self, factor: float) -> AveragePool:
+        """``factor * self(x)``."""
+        divisor = self.divisor or math.prod(self.kernel_size)
+        return replace(self, divisor=divisor / factor if factor else math.inf)
 
     def as_conv(self, channels: int, dimensions: int | None = None, *, device: torch.device | None = None) -> Conv:
         """This pool on ``channels`` channels.
@@ -511,13 +526,18 @@ class AveragePool:
 Operator: TypeAlias = Conv | ChannelAffine | AveragePool | Pad
 
 
-def parallel(terms: Sequence[Operator]) -> Operator:
+def parallel(terms: Sequence[Operator], *, outline: bool = False) -> Operator:
     """``sum(term(x) for term in terms)`` as one operator, all terms reading the same ``x``.
 
     ``W1*x + W2*x = (W1 + W2)*x``, once both kernels are written over the same taps and the same groups. That
     is exact when the terms have the same stride and the same output size for every input, and when those that
     read the padding pad the same way. Identities, scales and pools among the terms take their channels from
     the convolutions.
+
+    Args:
+        terms: At least one.
+        outline: Leave the numbers of a convolution zero. That takes no memory and hardly any time, and shows whether
+            the terms add up, and to a kernel of what size.
 
     Raises:
         AlgebraError: The terms do not add up to one operator; the message says why.
@@ -528,7 +548,7 @@ def parallel(terms: Sequence[Operator]) -> Operator:
     model = next((term for term in terms if isinstance(term, Conv)), None)
     if model is None:
         raise AlgebraError("no convolution among the terms says how many channels there are")
-    return _sum_convs([_as_conv(term, model) for term in terms])
+    return _sum_convs([_as_conv(term, model) for term in terms], outline)
 
 
 def _as_conv(term: Operator, model: Conv) -> Conv:
@@ -536,9 +556,7 @@ def _as_conv(term: Operator, model: Conv) -> Conv:
     match term:
         case Conv():
             return term
-        case ChannelAffine():
-            return term.as_conv(model.in_channels, model.dimensions)
-        case AveragePool():
+        case ChannelAffine() | AveragePool():
             return term.as_conv(model.in_channels, model.dimensions, device=model.weight.device)
         case Pad():
             raise AlgebraError("a padding is not a term of a sum")
@@ -550,7 +568,7 @@ def _add_affines(a: ChannelAffine, b: ChannelAffine) -> ChannelAffine:
     return ChannelAffine(s + s_b, _add(t, t_b), axis)
 
 
-def _sum_convs(convs: Sequence[Conv]) -> Conv:
+def _sum_convs(convs: Sequence[Conv], outline: bool) -> Conv:
     first = convs[0]
     for conv in convs[1:]:
         _check_parallel(first, conv)
@@ -559,21 +577,34 @@ def _sum_convs(convs: Sequence[Conv]) -> Conv:
         raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
     groups = reduce(math.gcd, (conv.groups for conv in convs))
     lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
-    # The largest kernel usually has the common taps already, and the others are added into a copy of it.
-    convs = sorted(convs, key=lambda conv: -conv.weight.numel() * (conv.groups == groups))
-    weight = convs[0].regroup(groups)._on(lattice).clone()
-    for conv in convs[1:]:
-        weight[_within(conv._lattices, lattice)] += conv.regroup(groups).weight
-    biases = [_double(conv.bias) for conv in convs if conv.bias is not None]
+    rows, columns = first.out_channels, first.in_channels // groups
     return Conv(
-        weight,
-        reduce(torch.add, biases) if biases else None,
+        *_numbers(convs, groups, lattice, (rows, columns, *(taps.count for taps in lattice)), outline),
         first.stride,
         tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True)),
         tuple(taps.step for taps in lattice),
         groups,
         modes.pop() if modes else ZEROS,
     )
+
+
+def _numbers(
+    convs: Sequence[Conv], groups: int, lattice: Sequence[_Lattice], shape: Ints, outline: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a sum of convolutions, over common groups and taps."""
+    biases = [conv.bias for conv in convs if conv.bias is not None]
+    if outline:
+        zero = torch.zeros((), dtype=torch.float64)
+        return zero.expand(shape), zero.expand(shape[:1]) if biases else None
+    # The largest kernel usually has the common taps already, and the others are added into a copy of it.
+    convs = sorted(convs, key=lambda conv: -conv.weight.numel() * (conv.groups == groups))
+    first = convs[0].regroup(groups)
+    weight = first._on(lattice).to(torch.float64, copy=True)
+    if first.gain is not None:
+        weight.mul_(first.gain.view(-1, *[1] * (weight.dim() - 1)))
+    for conv in convs[1:]:
+        weight[_within(conv._lattices, lattice)] += conv.regroup(groups).kernel
+    return weight, reduce(torch.add, map(_double, biases)) if biases else None
 
 
 def _check_parallel(a: Conv, b: Conv) -> None:

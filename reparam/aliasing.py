@@ -8,9 +8,10 @@ Where somebody does, everything that touches the memory is frozen and runs as it
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from functools import cache
 from typing import Any
 
@@ -30,7 +31,7 @@ _OPERATORS = {
 _RETURNS_INPUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
-def make_out_of_place(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Node]:
+def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> list[Node]:
     """Replace in-place operations by their twins, and freeze what cannot be.
 
     A frozen node has ``meta["frozen"]``: it is not lifted. A node that was in place and no longer is has
@@ -50,13 +51,15 @@ def make_out_of_place(graph: Graph, modules: Mapping[str, nn.Module]) -> list[No
     settled: set[Node] = set()
     frozen: list[Node] = []
     # A layer that is called twice is in place in both calls, also once the first has been made safe.
-    writes = {node: _written(node, modules) for node in graph.nodes}
-    for node, written in writes.items():
-        if written is not None:
-            neighbours = {other for base in memory[written] for other in residents[base]}
-            same = _same_tensor(written, modules)
+    writes = {node for node in graph.nodes if is_in_place(node, modules)}
+    for node in graph.nodes:
+        # Asked for only now: an earlier write may have put its own result in the place of what this one changes.
+        changed = _changed(node) if node in writes else None
+        if changed is not None:
+            neighbours = {other for base in memory[changed] for other in residents[base]}
+            same = _same_tensor(changed, modules)
             later = [reader for other in neighbours - same for reader in other.users if order[reader] > order[node]]
-            if not later and _take_out_of_place(node, modules):
+            if not later and not _converts(node) and _take_out_of_place(node, modules):
                 node.meta["in_place"] = True
                 settled.add(node)
                 for other in same:
@@ -71,16 +74,30 @@ def make_out_of_place(graph: Graph, modules: Mapping[str, nn.Module]) -> list[No
         memory[node] = set().union(*(memory[source] for source in sources)) or {node}
         for base in memory[node]:
             residents.setdefault(base, []).append(node)
+    _keep_in_place(frozen, modules)
     return frozen
 
 
-def _written(node: Node, modules: Mapping[str, nn.Module]) -> Node | None:
+def _keep_in_place(frozen: Iterable[Node], modules: MutableMapping[str, nn.Module]) -> None:
+    """Give calls that have to stay in place a layer of their own, where another call made theirs out-of-place."""
+    for node in frozen:
+        if node.op == "call_module" and not getattr(modules[str(node.target)], "inplace", True):
+            path = f"{node.target}_in_place"
+            modules[path] = copy.copy(modules[str(node.target)])
+            modules[path].inplace = True  # type: ignore[assignment]
+            node.target = path
+
+
+def written(node: Node, modules: Mapping[str, nn.Module]) -> Node | None:
     """The value that a node changes in place."""
-    if not is_in_place(node, modules):
-        return None
+    return _changed(node) if is_in_place(node, modules) else None
+
+
+def _changed(node: Node) -> Node | None:
+    """What an in-place node changes."""
     out = node.kwargs.get("out")
-    written = out if out is not None else node.args[0] if node.args else node.kwargs.get("input")
-    return written if isinstance(written, Node) else None
+    changed = out if out is not None else node.args[0] if node.args else node.kwargs.get("input")
+    return changed if isinstance(changed, Node) else None
 
 
 def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -100,6 +117,15 @@ def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
             name = getattr(node.target, "__name__", "")
             return (name.endswith("_") and not name.endswith("__")) or _inplace_argument(node) is True
     return False
+
+
+def _converts(node: Node) -> bool:
+    """Whether the result in place is known to be of another type than it would be out of place."""
+    kinds = [
+        source.meta.get("dtype", source.name if facts.target_name(source) in facts.CONVERSIONS else None)
+        for source in node.all_input_nodes
+    ]
+    return any(kind != kinds[0] for kind in kinds[1:])
 
 
 def _inplace_argument(node: Node) -> Any:
@@ -137,7 +163,7 @@ def _take_out_of_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return True
     else:
         name = getattr(node.target, "__name__", "")[:-1]
-        twin = _OPERATORS.get(node.target) or getattr(torch, name, None) or getattr(F, name, None)  # type: ignore[arg-type]
+        twin = _OPERATORS.get(node.target) or getattr(torch, name, None) or getattr(F, name, None)
         found = twin is not None and node.kwargs.get("out") is None
     if found:
         node.target = twin

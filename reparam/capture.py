@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,9 +31,12 @@ from torch.fx import Graph, Node
 from torch.fx.proxy import Attribute, Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam import facts
+from reparam import aliasing, facts
 from reparam.errors import CaptureError
 from reparam.report import Remark
+
+# All that ``nn.Module`` keeps of hooks that run when it is called.
+_ROOT_HOOKS = tuple(name for name in nn.Module().__dict__ if "forward" in name or "backward" in name)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -41,6 +48,8 @@ class Capture:
     Attributes:
         root: Private copy of the model in eval mode, whose modules and tensors the graph refers to. Its tensors
             share memory with the model's own.
+        modules: Its modules by path, the root at the empty one.
+        storages: Identities of the memory that its tensors, and the model's, lie in.
         graph: What ``root`` computes. Every node has ``meta["scope"]`` (module path that it ran in) and what
             :mod:`reparam.facts` knows.
         remarks: Which modules were left opaque, and why.
@@ -49,6 +58,8 @@ class Capture:
 
     root: nn.Module
     graph: Graph
+    modules: dict[str, nn.Module]
+    storages: frozenset[int]
     remarks: list[Remark] = field(default_factory=list)
     traced: bool = True
 
@@ -70,22 +81,30 @@ def capture(model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, A
 
 def trace(root: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Capture:
     """Trace a module that may be changed and that is in eval mode; see :func:`capture`."""
-    attributes = {module: dict(module.__dict__) for module in root.modules()}
-    tracer = _Tracer(example_inputs)
+    modules = dict(root.named_modules())
+    storages = tensor_storages(modules.values())
+    state = _State(modules.values())
+    tracer = _Tracer(modules, example_inputs, state)
     try:
-        with torch.no_grad(), _NoSideEffects(root):
-            graph = tracer.trace(_with_forward_in_class(root), tracer.fixed_arguments(root))
+        with torch.no_grad(), _NoSideEffects(storages):
+            _move_forward_to_class(root)
+            graph = tracer.trace(root, tracer.fixed_arguments(root))
+            for module in modules.values():
+                state.check(module)
     except Exception as error:
         remark = Remark("capture", "Trace", "", f"not traceable, kept as Python: {_reason(error)}")
-        return Capture(root, Graph(), [*tracer.remarks, remark], traced=False)
+        return Capture(root, Graph(), modules, storages, [*tracer.remarks, remark], traced=False)
     finally:
         # What a forward leaves behind on its module while being traced is of no use, and may be a proxy.
-        for module, values in attributes.items():
-            constants = {k: v for k, v in module.__dict__.items() if module is root and k.startswith("_constant")}
-            module.__dict__.clear()
-            module.__dict__.update(values | constants)
+        state.restore(modules.values())
+        root.__dict__.update(tracer.constants)
     graph.owning_module = None
-    return Capture(root, graph, tracer.remarks)
+    # A graph module is unpickled by tracing its code, for which torch's own tracer will do.
+    graph._tracer_cls = None
+    for node in graph.nodes:
+        # Annotations may be strings or local names, which a pickle cannot import.
+        node.type = None
+    return Capture(root, graph, modules, storages, tracer.remarks)
 
 
 def _reason(error: Exception) -> str:
@@ -105,19 +124,22 @@ def private_copy(model: nn.Module) -> nn.Module:
     """
     model = unwrapped(model)
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         for name, tensor in _tensors(module):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if torch.nn.parameter.is_lazy(tensor):
                 raise CaptureError(
                     f"{type(module).__name__}.{name} has no values yet; run the model once, or load a checkpoint"
                 )
             memo.setdefault(id(tensor), _alias(tensor))
-    plain = [module for module in model.modules() if _copies_plainly(type(module))]
+    plain = [module for module in modules if _copies_plainly(type(module))]  # type: ignore[arg-type]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     try:
         for module in plain:
-            memo[id(module)].__dict__.update({k: _copied(v, memo) for k, v in module.__dict__.items()})
+            # What ``module.compile()`` keeps would run the module itself.
+            attributes = {k: v for k, v in module.__dict__.items() if k != "_compiled_call_impl"}
+            memo[id(module)].__dict__.update({k: _copied(v, memo) for k, v in attributes.items()})
         result: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
@@ -138,10 +160,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+# What most attributes of a module are; looking for anything else is not worth the while.
+_SIMPLE = frozenset([type(None), bool, int, float, str, tuple, dict, set, OrderedDict, torch.dtype, torch.device])
+_ATOMS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers and plain tensor attributes."""
     for values in (module._parameters, module._buffers, module.__dict__):
-        yield from ((name, value) for name, value in values.items() if isinstance(value, Tensor))
+        for name, value in values.items():
+            if type(value) not in _SIMPLE and isinstance(value, Tensor):
+                yield name, value
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -150,83 +179,200 @@ def _alias(tensor: Tensor) -> Tensor:
     return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
 
 
-def _copies_plainly(cls: type) -> bool:
+@cache
+def _copies_plainly(cls: Any) -> bool:
     """Whether copying ``__dict__`` copies an instance: no method or slot says otherwise."""
     special = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__", "__getnewargs__")
-    own = [base for base in cls.__mro__ if base not in (nn.Module, object)]
+    own = [base for base in inspect.getmro(cls) if base not in (nn.Module, object)]
     return not any(name in base.__dict__ for base in own for name in special)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy``, with a short way for what nearly every attribute of a module is."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+    cls = type(value)
+    if cls in _ATOMS or (cls is tuple and all(type(item) in _ATOMS for item in value)):
         return value
-    if type(value) is dict:
+    if cls is dict:
         return {k: _copied(v, memo) for k, v in value.items()}
-    if isinstance(value, (nn.Module, Tensor)) and id(value) in memo:
-        return memo[id(value)]
-    if not value and type(value).__name__ in ("OrderedDict", "set", "list", "tuple"):
-        return copy.copy(value)
-    return copy.deepcopy(value, memo)
+    if cls in (OrderedDict, set, list) and not value:
+        return cls()
+    known = memo.get(id(value))
+    return known if known is not None else copy.deepcopy(value, memo)
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """What to run for the eval-mode function: the model itself, unless it does more in ``eval()`` than set flags."""
+    model = unwrapped(model)
+    return private_copy(model) if _overrides_modes(model.modules()) else model
+
+
+def _overrides_modes(modules: Iterable[nn.Module]) -> bool:
+    plain = (nn.Module.train, nn.Module.eval)
+    classes: set[Any] = set(map(type, modules))
+    return any((cls.train, cls.eval) != plain for cls in classes)
 
 
 def _set_eval(root: nn.Module) -> None:
-    overriding = any(
-        type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
-        for module in root.modules()
-    )
-    if overriding:
+    modules = list(root.modules())
+    if _overrides_modes(modules):
         # A model may do more than flip flags here, such as merging weights in place: into its own memory.
-        own_tensors(root, tensor_storages(root))
+        own_tensors(root, tensor_storages(modules))
         root.eval()
-    for module in root.modules():
-        module.training = False
+    for module in modules:
+        module.__dict__["training"] = False
 
 
-def tensor_storages(root: nn.Module) -> set[int]:
-    """Identities of the memory that a model's tensors lie in."""
-    return {_storage(tensor) for module in root.modules() for _, tensor in _tensors(module)}
+def tensor_storages(modules: Iterable[nn.Module]) -> frozenset[int]:
+    """Identities of the memory that the tensors of some modules lie in."""
+    return frozenset(_storage(tensor) for module in modules for _, tensor in _tensors(module))
 
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return id(tensor)
 
 
-def own_tensors(root: nn.Module, shared: set[int]) -> None:
+_OWN_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
+
+
+def own_tensors(root: nn.Module, shared: frozenset[int]) -> None:
     """Give a model its own memory wherever it lies in ``shared``, keeping ties between its tensors."""
     clones: dict[int, Tensor] = {}
+
+    def owned(value: Any) -> Any:
+        if isinstance(value, Tensor) and _storage(value) in shared:
+            if id(value) not in clones:
+                clone = value.detach().clone()
+                is_parameter = isinstance(value, nn.Parameter)
+                clones[id(value)] = nn.Parameter(clone, value.requires_grad) if is_parameter else clone
+            return clones[id(value)]
+        if type(value) in (list, tuple):
+            return type(value)(owned(item) for item in value)
+        return {k: owned(v) for k, v in value.items()} if type(value) is dict else value
+
     for module in root.modules():
         for values in (module._parameters, module._buffers, module.__dict__):
-            for name, tensor in list(values.items()):
-                if isinstance(tensor, Tensor) and _storage(tensor) in shared:
-                    if id(tensor) not in clones:
-                        clone = tensor.detach().clone()
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        clones[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if is_parameter else clone
-                    values[name] = clones[id(tensor)]
+            # What torch keeps in dicts of its own (hooks, submodules) stays.
+            found = {k: owned(v) for k, v in values.items() if type(v) not in _ATOMS and k not in _OWN_DICTS}
+            values.update({k: v for k, v in found.items() if v is not values[k]})
 
 
-def _with_forward_in_class(root: nn.Module) -> nn.Module:
-    """A ``forward`` that was set on the instance is moved to a class of its own, where the tracer looks for it."""
+class _State:
+    """What the forwards of some modules could change of them and find again at the next call."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.attributes = {module: dict(module.__dict__) for module in modules}
+        self.contents = {
+            module: {name: copy.copy(value) for name, value in attributes.items() if _may_change(name, value)}
+            for module, attributes in self.attributes.items()
+        }
+
+    def check(self, module: nn.Module) -> None:
+        """Raise TraceError when the module is not as it was. Constants made at the first use are no change."""
+        for name, value in self.attributes[module].items():
+            new = module.__dict__.get(name)
+            if _differ(value, new) or (value is new and name in self.contents[module] and self._grew(module, name)):
+                raise TraceError(f"it changes its own {name.lstrip('_')} at every call")
+
+    def _grew(self, module: nn.Module, name: str) -> bool:
+        """Whether a container holds other things than before, or has come to hold activations."""
+        old, new = self.contents[module][name], module.__dict__[name]
+        if _same_items(old, new):
+            return False
+        old_items, new_items = _items(old), _items(new)
+        changed = len(new_items) < len(old_items) or any(map(_differ, old_items, new_items))
+        return changed or any(issubclass(type(item), Proxy) for item in new_items[len(old_items) :])
+
+    def restore(self, modules: Iterable[nn.Module]) -> None:
+        """Put back attributes, and what was in lists, dicts and sets."""
+        for module in modules:
+            attributes = self.attributes[module]
+            for name, contents in self.contents[module].items():
+                value = attributes[name]
+                if not _same_items(value, contents):
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(contents)
+            if list(module.__dict__) != list(attributes) or any(
+                module.__dict__[name] is not value for name, value in attributes.items()
+            ):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+
+
+@contextmanager
+def unchanged(model: nn.Module, *, writes: bool = True) -> Iterator[None]:
+    """Run a model for a look at it: without its own hooks, and with its state put back afterwards.
+
+    Args:
+        model: Any module.
+        writes: Whether it may write to its own tensors.
+    """
+    modules = list(model.modules())
+    state = _State(modules)
+    tensors = [tensor for module in modules for _, tensor in _tensors(module)] if writes else []
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    for name in _ROOT_HOOKS:
+        model.__dict__[name] = OrderedDict()
+    try:
+        yield
+    finally:
+        state.restore(modules)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def move_hooks(attributes: Mapping[str, Any], model: nn.Module) -> None:
+    """Let what runs beside one model's forward run beside another's: the hooks among its attributes."""
+    model.__dict__.update({name: attributes[name] for name in _ROOT_HOOKS})
+
+
+# Where torch keeps hooks, which no forward touches.
+_HOOK_DICTS = _OWN_DICTS - {"_parameters", "_buffers", "_modules"}
+
+
+def _may_change(name: str, value: Any) -> bool:
+    """Whether an attribute is a container that a forward might put something into."""
+    return isinstance(value, (list, dict, set)) and name not in _HOOK_DICTS
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    return not a and not b if not a or not b else len(a) == len(b) and all(map(operator.is_, _items(a), _items(b)))
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether a value is another one than before, other than made at its first use."""
+    if old is new:
+        return False
+    if old is None:
+        return issubclass(type(new), Proxy)
+    return type(old) is not type(new) or not isinstance(old, (bool, int, float, str, tuple)) or old != new
+
+
+def _move_forward_to_class(root: nn.Module) -> None:
+    """A ``forward`` that was set on the instance gets a class of its own, where the tracer looks for it."""
     patched = root.__dict__.get("forward")
     if patched is None:
-        return root
+        return
     if getattr(patched, "__self__", None) is not root:
         raise TraceError("its forward was replaced by a function of something else")
     cls = type(root)
     root.__class__ = type(cls.__name__, (cls,), {"forward": patched.__func__, "__module__": cls.__module__})
-    return root
 
 
 class _NoSideEffects(TorchDispatchMode):
     """Refuse to run, while tracing, what must run at every call: writes to the model's tensors, random numbers."""
 
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self.storages = tensor_storages(root)
+    def __init__(self, storages: frozenset[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages = storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -259,6 +405,8 @@ class _Value(Proxy):
         return type(self)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_is_param", "_is_buffer"):
+            return False
         rank = self.node.meta.get("rank")
         if name == "ndim" and rank is not None:
             return rank
@@ -281,17 +429,34 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "
     setattr(_Value, f"__{_name}__", _in_place(_name))
 
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _autocast() -> tuple[Any, ...]:
+    """What automatic mixed precision does at the moment; a graph cannot say that it changes."""
+    devices = ("cpu", "cuda")
+    return tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in devices)
+
+
 class _Tracer(torch.fx.Tracer):
     """Proxies for activations, tensors for parameters, opaque leaves for what cannot be traced."""
 
-    def __init__(self, example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> None:
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        state: _State,
+    ) -> None:
         super().__init__()
+        self.state = state
+        self.autocast = _autocast()
+        self.modules = modules
         self.example_inputs = example_inputs
         self.examples: dict[str, Any] = {}
         self.remarks: list[Remark] = []
-        self.modules: dict[str, nn.Module] = {}
         self.names: dict[int, str] = {}
-        self.kept: list[Tensor] = []
+        self.constants: dict[str, Tensor] = {}
+        self.arguments: list[str] = []
 
     # Arguments of the root.
 
@@ -300,9 +465,9 @@ class _Tracer(torch.fx.Tracer):
 
         A proxy in their place would answer ``mask is not None`` with yes.
         """
-        self.modules = dict(root.named_modules())
         signature = inspect.signature(type(root).forward)
         parameters = list(signature.parameters.values())[1:]
+        self.arguments = [parameter.name for parameter in parameters if parameter.kind not in _VARIADIC]
         if self.example_inputs is not None:
             args, kwargs = self.example_inputs
             self.examples = signature.bind(root, *args, **kwargs).arguments
@@ -319,11 +484,22 @@ class _Tracer(torch.fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Record a node with its scope and what is known of its value."""
+        if _autocast() != self.autocast:
+            raise TraceError("it changes the precision that operations run in (autocast)")
+        fixed = kind == "placeholder" and not target.startswith("*") and target != self.arguments[0]
+        if kind == "placeholder" and not target.startswith("*"):
+            # torch.fx gives an argument that is fixed another name, under which nobody passes it.
+            target = self.arguments.pop(0)
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta["scope"] = self.scope.module_path
+        if fixed:
+            node.meta["kind"] = "other"
         if kind == "placeholder" and str(target) in self.examples:
             facts.note_value(node, self.examples[str(target)])
         facts.note(node, self.modules[target] if kind == "call_module" else None)
+        written = aliasing.written(node, self.modules)
+        if written is not None and written.op == "get_attr":
+            raise TraceError(f"it writes to its own tensors ({facts.target_name(node)})")
         return node
 
     def proxy(self, node: Node) -> Proxy:
@@ -346,10 +522,10 @@ class _Tracer(torch.fx.Tracer):
                     for name, tensor in _tensors(module)
                 }
             if id(a) not in self.names:
-                name = f"_constant{len(self.kept)}"
-                self.kept.append(a)
+                numbered = (f"_constant{number}" for number in itertools.count())
+                name = next(name for name in numbered if not hasattr(self.root, name))
                 self.names[id(a)] = name
-                self.root.__dict__[name] = a
+                self.constants[name] = self.root.__dict__[name] = a
             node = self.create_node("get_attr", self.names[id(a)], (), {})
             node.meta.update(rank=a.dim(), shape=tuple(a.shape))
             return node
@@ -366,6 +542,8 @@ class _Tracer(torch.fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace through a module; when that fails, take back what was traced and record it as one leaf."""
         path = self.path_of_module(m)
+        if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, torch.fx.GraphModule):
+            raise TraceError(f"{type(m).__name__} does more than its forward when it is called")
         if self.is_leaf_module(m, path) or carries_hooks(m):
             if not self.is_leaf_module(m, path):
                 self.remarks.append(
@@ -376,8 +554,12 @@ class _Tracer(torch.fx.Tracer):
         stack = list(self.module_stack.items())
         remarks = len(self.remarks)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            self.state.check(m)
+            return result
         except Exception as error:
+            self.state.restore(m.modules())
+            self.root.__dict__.update(self.constants)
             for node in reversed(self.graph.nodes):
                 if node is last:
                     break

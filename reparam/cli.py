@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 import threading
@@ -15,10 +16,11 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 
     from reparam.checkpoint import Checkpoint, Network
     from reparam.export import Exported
-    from reparam.report import Comparison, Report
+    from reparam.report import Report
 
+_PATIENCE = 1.0  # seconds without a progress bar
 CommandT = TypeVar("CommandT", bound=Callable[..., None])
 
 app = typer.Typer(
@@ -78,8 +81,12 @@ def command(function: CommandT) -> CommandT:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
+            sys.stdout.flush()  # here, where a closed pipe is no crash
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", 130)
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+            raise typer.Exit(128 + signal.SIGPIPE) from None
         except VerificationError as error:
             _fail(str(error), 1, kwargs["debug"])
         except ReparamError as error:
@@ -121,7 +128,7 @@ def _print_version(asked: bool) -> None:
 
 @command
 def fuse(
-    checkpoint: Annotated[Path, typer.Argument(help="Training checkpoint: .pth, .pt or .safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Training checkpoint: .pth, .pt or .safetensors.")],
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help=".pth, .safetensors or .onnx. [default: NAME_deploy.pth beside the input]"),
@@ -141,7 +148,7 @@ def fuse(
     """
     output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
     if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
-        raise typer.BadParameter(f"{output} must end in .pth, .pt, .safetensors or .onnx", param_hint="--output")
+        raise ReparamError(f"{output}: the output must end in .pth, .pt, .safetensors or .onnx")
     shape = _parse_shape(input_size)
     with _Bar(quiet) as bar:
         import reparam
@@ -153,10 +160,13 @@ def fuse(
         inputs = _example(network.input_shape)
         if output.suffix == ".onnx" and inputs is None:
             _ask_for_shape(network.name, "export")
-        deploy = reparam.compile(network.model, inputs, verify=not no_verify, progress=bar)
+        try:
+            deploy = reparam.compile(network.model, inputs, verify=not no_verify, progress=bar)
+        except VerificationError as error:
+            raise VerificationError(f"{checkpoint}: {error}; nothing was written", error.comparison) from error
         bar(None, None, f"writing {output.name}")
         exported = _write(deploy, network, output, inputs)
-    report: Report = deploy.report
+    report = cast("Report", deploy.report)
     if as_json:
         onnx = {} if exported is None else {"onnx": _onnx_dict(exported)}
         _print_json({**_about(checkpoint, source, network), "output": str(output), **onnx, "report": report.to_dict()})
@@ -166,7 +176,9 @@ def fuse(
 
 @command
 def explain(
-    checkpoint: Annotated[Path, typer.Argument(help="Training checkpoint, or a deploy file that reparam wrote.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="Training checkpoint, or a deploy file that reparam wrote.")
+    ],
     model: Model = None,
     input_size: InputSize = None,
     unsafe_load: UnsafeLoad = False,
@@ -181,9 +193,8 @@ def explain(
     shape = _parse_shape(input_size)
     with _Bar() as bar:
         import reparam
-        from reparam import storage
 
-        metadata = storage.read_metadata(checkpoint) if not unsafe_load else None
+        metadata = _deploy_metadata(checkpoint, unsafe_load)
         if metadata is not None:
             if "report" not in metadata:
                 raise ReparamError(f"{checkpoint}: was saved without a report of its compilation")
@@ -224,28 +235,28 @@ def verify(
         import reparam
 
         sides = _open_sides((first, second), model, shape, unsafe_load, ema)
-        known = shape or next((side.input_shape for side in sides if side.input_shape), None)
-        if known is None:
-            _ask_for_shape(f"{first} and {second}", "compare")
         bar(None, None, "comparing")
-        inputs = _example(known, next((batch for side in sides if (batch := _fixed_batch(side.model))), 2))
+        inputs = _shared_inputs(sides, shape)
         reference, other = (side.model for side in sides)
         if ".onnx" in (first.suffix, second.suffix):
             from reparam.export import Flat
 
             reference, other, tolerance = Flat(reference), Flat(other), tolerance or 1e-4
-        failure = None
         try:
-            comparison = reparam.verify(reference, other, inputs, tolerance=tolerance)
+            comparison, agree = reparam.verify(reference, other, inputs, tolerance=tolerance), True
         except VerificationError as error:
             if error.comparison is None:
                 raise
-            comparison, failure = error.comparison, error
+            comparison, agree = error.comparison, False
+        except RuntimeError as error:
+            raise ReparamError(
+                f"inputs of {_shape_text(inputs.shape)} do not fit {first} or {second}: {error}"
+            ) from error
     if as_json:
-        _print_json({"a": str(first), "b": str(second), "agree": failure is None, **asdict(comparison)})
-    elif not quiet and failure is None:
+        _print_json({"a": str(first), "b": str(second), "agree": agree, **asdict(comparison)})
+    elif agree and not quiet:
         print(f"{first} and {second} agree: {comparison}")
-    if failure is not None:
+    if not agree:
         raise VerificationError(f"{first} and {second} disagree: {comparison}", comparison)
 
 
@@ -256,13 +267,13 @@ def models(as_json: Json = False, debug: Debug = False) -> None:
 
     from reparam.models import registry
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in registry.names():
         entry = registry.entry(name)
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in entry.build().parameters())
-        rows.append({"name": name, "parameters": parameters, "input_shape": entry.input_shape, "paper": entry.paper})
-        rows[-1]["description"] = entry.description
+        about = {"input_shape": entry.input_shape, "description": entry.description, "paper": entry.paper}
+        rows.append({"name": name, "parameters": parameters, **about})
     if as_json:
         _print_json(rows)
         return
@@ -281,6 +292,19 @@ def _read(path: Path, unsafe: bool, ema: bool) -> Checkpoint:
     found = checkpoint.read(path, unsafe=unsafe, ema=ema)
     checkpoint.check_values(found)
     return found
+
+
+def _deploy_metadata(path: Path, unsafe: bool) -> dict[str, Any] | None:
+    """What is stored beside the model in a deploy file; None when the file is something else."""
+    from reparam.errors import CheckpointError
+    from reparam.storage import read_metadata
+
+    try:
+        return read_metadata(path)
+    except CheckpointError:
+        if unsafe:  # then it may be a pickle, which no deploy file is
+            return None
+        raise
 
 
 def _resolve(source: Checkpoint, spec: str | None, shape: tuple[int, ...] | None) -> Network:
@@ -320,7 +344,7 @@ def _open(path: Path, spec: str | None, shape: tuple[int, ...] | None, unsafe: b
 
         session = OnnxModel(path)
         return Network(session, path.name, session.input_shape)
-    metadata = storage.read_metadata(path) if not unsafe else None
+    metadata = _deploy_metadata(path, unsafe)
     if metadata is not None:
         return Network(storage.load(path), path.name, tuple(metadata.get("input_shape") or ()) or None)
     return _resolve(_read(path, unsafe, ema), spec, shape)
@@ -350,7 +374,7 @@ def _write(deploy: nn.Module, network: Network, output: Path, inputs: Tensor | N
     return None
 
 
-def _example(shape: tuple[int, ...] | None, batch: int = 2) -> Any:
+def _example(shape: tuple[int, ...] | None, batch: int = 1) -> Any:
     """Random inputs, the same at every run; None when no shape is known."""
     import torch
 
@@ -359,8 +383,19 @@ def _example(shape: tuple[int, ...] | None, batch: int = 2) -> Any:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _fixed_batch(model: nn.Module) -> int | None:
-    return getattr(model, "fixed_batch", None)
+def _shared_inputs(sides: list[Network], shape: tuple[int, ...] | None) -> Tensor:
+    """Random inputs that both models say they take."""
+    first, second = (side.input_shape for side in sides)
+    if shape is None and first and second and first != second:
+        raise VerificationError(
+            f"{sides[0].name} takes inputs of {_shape_text(first)}, and {sides[1].name} of {_shape_text(second)}"
+        )
+    known = shape or first or second
+    if known is None:
+        _ask_for_shape(f"{sides[0].name} and {sides[1].name}", "compare")
+    batches = (getattr(side.model, "fixed_batch", None) for side in sides)  # an ONNX model may take one size only
+    inputs: Tensor = _example(known, next(filter(None, batches), 2))
+    return inputs
 
 
 def _parse_shape(text: str | None) -> tuple[int, ...] | None:
@@ -368,7 +403,7 @@ def _parse_shape(text: str | None) -> tuple[int, ...] | None:
         return None
     sizes = text.replace(",", "x").lower().split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise typer.BadParameter(f"{text!r} is no shape such as 3x224x224", param_hint="--input-size")
+        raise ReparamError(f"--input-size {text} is no shape such as 3x224x224")
     return tuple(map(int, sizes))
 
 
@@ -383,12 +418,12 @@ class _Bar:
     """A progress bar on stderr, for what takes over a second, when somebody is looking."""
 
     def __init__(self, quiet: bool = False) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         # The bar must not replace sys.stdout: it starts on another thread, while others may be redirecting it.
         console = Console(file=sys.stderr)
         self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
         self._task = self._bar.add_task("reading", total=None)
-        self._timer = threading.Timer(1.0, self._bar.start)
+        self._timer = threading.Timer(_PATIENCE, self._bar.start)
         self._shown = sys.stderr.isatty() and not quiet
 
     def __enter__(self) -> _Bar:
@@ -417,47 +452,36 @@ def _onnx_dict(exported: Exported) -> dict[str, Any]:
 
 
 def _print_fused(path: Path, network: Network, output: Path, report: Report, exported: Exported | None) -> None:
-    table = _counts_table(report.to_dict())
-    table.add_section()
-    table.add_row("largest error", "", _error_text(report.comparison, "give --input-size to compare"))
-    if exported is not None:
-        table.add_row("in onnxruntime", "", _error_text(exported.comparison, ""))
-    size = output.stat().st_size / 1e6
     console = _console()
-    console.print(f"{path} is {network.name}", highlight=False)
-    console.print(table)
+    console.print(f"{path} is {network.name}")
+    console.print(_counts_table(report.to_dict()))
+    print(f"before and after: {report.comparison or 'not compared'}")
+    if exported is not None:
+        print(f"PyTorch and onnxruntime: {exported.comparison}")
     kind = f"opset {exported.opset}, {exported.nodes} operators, " if exported else ""
     if exported and not exported.dynamic_batch:
-        kind += "batch of 2 only, "
-    console.print(f"{output}: {kind}{size:.1f} MB", highlight=False)
+        kind += "batches of one only, "
+    print(f"{output}: {kind}{decimal(output.stat().st_size)}")
 
 
 def _print_remarks(title: str, report: dict[str, Any]) -> None:
     console = _console()
-    console.print(title, highlight=False)
+    console.print(title)
     console.print(_counts_table(report))
-    for kind, heading in (("capture", "kept as Python"), ("fused", "fused"), ("missed", "left as it is")):
+    for kind, heading in (("capture", "capture"), ("fused", "fused"), ("missed", "left as it is")):
         remarks = [remark for remark in report["remarks"] if remark["kind"] == kind]
         if remarks:
-            console.print(f"\n{heading}: {len(remarks)}", highlight=False)
-            table = _table("where", "rule", "what" if kind == "fused" else "why")
-            for remark in remarks:
-                table.add_row(remark["where"] or "(model)", remark["rule"], remark["message"])
-            console.print(table)
+            print(f"\n{heading}: {len(remarks)}")
+        for remark in remarks:
+            print(f"  {remark['where'] or '(model)'}: {remark['message']} [{remark['rule']}]")
 
 
 def _counts_table(report: dict[str, Any]) -> Table:
     table = _table("", "before", "after", right=(1, 2))
     for name, before in report["before"].items():
         if before is not None:
-            table.add_row(name.replace("_", " "), f"{before:,}", f"{report['after'][name]:,}")
+            table.add_row(name.replace("_", "-"), f"{before:,}", f"{report['after'][name]:,}")
     return table
-
-
-def _error_text(comparison: Comparison | None, otherwise: str) -> str:
-    if comparison is None:
-        return otherwise
-    return f"{comparison.largest_error:.1e} (allowed {comparison.tolerance:.0e})"
 
 
 def _table(*columns: str, right: Iterable[int] = ()) -> Table:
@@ -469,9 +493,16 @@ def _table(*columns: str, right: Iterable[int] = ()) -> Table:
     return table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to :func:`command`; rich would exit with 1, which says that outputs disagree."""
+        raise
+
+
 def _console() -> Console:
     """Stdout; what is not a terminal has no width to fit into, so a pipe gets whole lines."""
-    return Console() if sys.stdout.isatty() else Console(width=10_000)
+    width = None if sys.stdout.isatty() else 10_000
+    return _Console(width=width, markup=False, highlight=False, emoji=False)
 
 
 def _shape_text(shape: Iterable[int]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +17,7 @@ from reparam import rewrite as rewriting
 from reparam import verify as verifying
 from reparam.algebra import Conv
 from reparam.errors import ReparamError, VerificationError
-from reparam.report import Comparison, Remark, Report
+from reparam.report import Comparison, Counts, Remark, Report
 from reparam.rewrite import Graph, Rule
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -35,7 +37,42 @@ class CompiledModel(torch.fx.GraphModule):
         report: Report = self.meta["reparam"]
         return report
 
+    def __copy__(self) -> CompiledModel:
+        return self._like(CompiledModel(self, self.graph, type(self).__name__), self.__dict__)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        restore, arguments = super().__reduce__()
+        return _restore, (restore, arguments)
+
+    @staticmethod
+    def _like(twin: CompiledModel, attributes: Mapping[str, Any]) -> CompiledModel:
+        """Give a graph module of the same layers the rest of what a compiled model has."""
+        twin.meta = attributes["meta"]
+        capturing.move_hooks(attributes, twin)
+        for module in twin.modules():
+            module.training = False
+        return twin
+
+
+def _restore(restore: Callable[..., torch.fx.GraphModule], arguments: tuple[Any, ...]) -> CompiledModel:
+    """A compiled model from its pickle: torch's own restoring gives a plain graph module."""
+    plain = restore(*arguments)
+    return CompiledModel._like(CompiledModel(plain, plain.graph, plain._get_name()), arguments[0])
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the garbage collector, which would walk all nodes again and again: what is made here is in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def compile(
     model: nn.Module,
     example_inputs: Any = None,
@@ -77,21 +114,21 @@ def compile(
         )
     call = None if example_inputs is None else verifying.as_call(example_inputs)
     captured = capturing.capture(model, call)
-    shared = capturing.tensor_storages(captured.root)
     reference = _Reference(model, captured, call, verify)
     if not captured.traced:
-        return _untraced(captured, shared, reference, trainable)
-    modules = dict(captured.root.named_modules())
+        return _untraced(captured, reference, trainable)
+    modules = captured.modules
     aliasing.make_out_of_place(captured.graph, modules)
     graph = Graph(captured.graph, modules)
     before = measure.count(graph.fx, modules, measure.parameters_of(model), reference.multiply_adds)
-    dtypes, default = _dtypes(captured.root)
+    dtypes, default = _dtypes(modules)
     outcome = rewriting.rewrite(graph, rules, verify=verify, progress=progress)
     used = emit.emit(graph, dtypes, default)
     aliasing.restore_in_place(graph.fx, used)
     name = type(capturing.unwrapped(model)).__name__
     compiled = CompiledModel(used, graph.fx, name)
-    _finish(compiled, shared, trainable)
+    _finish(compiled, captured.storages, trainable)
+    capturing.move_hooks(captured.root.__dict__, compiled)
     comparison = reference.compare(compiled)
     after = measure.count(graph.fx, used, measure.parameters_of(compiled), reference.multiply_adds_of(compiled))
     compiled.meta["reparam"] = Report(
@@ -126,19 +163,19 @@ def _checked_rules(passes: Sequence[Rule] | None) -> Sequence[Rule]:
     return list(passes)
 
 
-def _dtypes(root: nn.Module) -> tuple[dict[str, torch.dtype], torch.dtype]:
+def _dtypes(modules: Mapping[str, nn.Module]) -> tuple[dict[str, torch.dtype], torch.dtype]:
     """Precision of every module's own parameters, and of most of them."""
     dtypes = {}
-    for path, module in root.named_modules():
-        for _, tensor in capturing._tensors(module):
-            if tensor.is_floating_point():
+    for path, module in modules.items():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.is_floating_point():
                 dtypes[path] = tensor.dtype
                 break
     kinds = list(dtypes.values())
     return dtypes, max(kinds, key=kinds.count) if kinds else torch.get_default_dtype()
 
 
-def _finish(compiled: nn.Module, shared: set[int], trainable: bool) -> None:
+def _finish(compiled: nn.Module, shared: frozenset[int], trainable: bool) -> None:
     """The result owns its memory, is in eval mode, and its weights are frozen unless they are to be trained."""
     capturing.own_tensors(compiled, shared)
     for module in compiled.modules():
@@ -147,12 +184,12 @@ def _finish(compiled: nn.Module, shared: set[int], trainable: bool) -> None:
         parameter.requires_grad_(trainable and parameter.is_floating_point())
 
 
-def _untraced(captured: capturing.Capture, shared: set[int], reference: _Reference, trainable: bool) -> nn.Module:
+def _untraced(captured: capturing.Capture, reference: _Reference, trainable: bool) -> nn.Module:
     root = captured.root
-    _finish(root, shared, trainable)
+    _finish(root, captured.storages, trainable)
     comparison = reference.compare(root)
     kinds = [kind for module in root.modules() if (kind := measure.module_kind(module))]
-    counts = measure.Counts(
+    counts = Counts(
         **{kind: kinds.count(kind) for kind in measure._KINDS if kind != "other"},
         kernels=len(kinds),
         parameters=measure.parameters_of(root),
@@ -161,6 +198,10 @@ def _untraced(captured: capturing.Capture, shared: set[int], reference: _Referen
     report = Report(counts, counts, (*captured.remarks, *reference.remarks), comparison=comparison)
     object.__setattr__(root, "report", report)
     return root
+
+
+def _is_opaque(node: torch.fx.Node, captured: capturing.Capture) -> bool:
+    return Graph(captured.graph, captured.modules).is_opaque(node)
 
 
 class _Reference:
@@ -173,21 +214,26 @@ class _Reference:
         self.verify = verify
         self.expected: Any = None
         self.multiply_adds: int | None = None
+        # A traced graph of torch.nn layers writes to nothing: the trace would have failed.
+        self.writes = not captured.traced or any(_is_opaque(node, captured) for node in captured.graph.nodes)
         if call is None and verify and captured.traced:
             self.call = _guess_call(captured)
         if self.call is None:
             return
         args, kwargs = self.call
+        model = capturing.in_eval_mode(model)
         try:
-            self.expected = verifying.run(model, args, kwargs)
-            again = verifying.run(model, args, kwargs)
+            with capturing.unchanged(model, writes=self.writes):
+                self.expected = verifying.run(model, args, kwargs)
+                again = verifying.run(model, args, kwargs)
         except Exception as error:
             if self.given:
                 raise ReparamError(f"the model does not run on the example inputs: {error}") from error
             self.call = None
             return
         if self.given:
-            self.multiply_adds = measure.multiply_adds_of(_Frozen(model), args, kwargs)
+            with capturing.unchanged(model, writes=self.writes):
+                self.multiply_adds = measure.multiply_adds_of(_Frozen(model), args, kwargs)
         try:
             verifying.compare(self.expected, again)
         except VerificationError:
@@ -202,7 +248,8 @@ class _Reference:
         interpreter = _Shapes(captured, note=self.given)
         names = [node.target for node in captured.graph.nodes if node.op == "placeholder"]
         try:
-            actual = interpreter.run(*interpreter.arguments(self.call, names))
+            with capturing.unchanged(captured.root, writes=self.writes):
+                actual = interpreter.run(*interpreter.arguments(self.call, names))
             if self.verify:
                 verifying.compare(self.expected, actual)
         except Exception as error:
@@ -214,13 +261,16 @@ class _Reference:
         """Compare the result with the model; raises VerificationError when they disagree."""
         if self.call is None or not self.verify:
             return None
-        return verifying.compare(self.expected, verifying.run(compiled, *self.call))
+        with capturing.unchanged(compiled, writes=self.writes):
+            actual = verifying.run(compiled, *self.call)
+        return verifying.compare(self.expected, actual)
 
     def multiply_adds_of(self, compiled: nn.Module) -> int | None:
         """Multiply-adds of the result on the example inputs, None without them."""
         if self.multiply_adds is None or self.call is None:
             return None
-        return measure.multiply_adds_of(_Frozen(compiled), *self.call)
+        with capturing.unchanged(compiled, writes=self.writes):
+            return measure.multiply_adds_of(_Frozen(compiled), *self.call)
 
 
 class _Frozen(nn.Module):
@@ -260,7 +310,7 @@ class _Shapes(torch.fx.Interpreter):
 
 def _guess_call(captured: capturing.Capture) -> Call | None:
     """Inputs for a model that takes one tensor and reads it with a convolution or a matrix product."""
-    graph = Graph(captured.graph, dict(captured.root.named_modules()))
+    graph = Graph(captured.graph, captured.modules)
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder" and not node.args]
     if len(placeholders) != 1:
         return None

@@ -5,6 +5,7 @@ This is where float64 ends: each number is rounded once, when its layer is made.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,7 @@ def _own_padding(conv: Conv) -> Any:
         stride == 1 and pad == (extent // 2, extent - extent // 2)
         for stride, pad, extent in zip(conv.stride, conv.padding, conv.extent, strict=True)
     )
-    return "same" if same and conv.padding_mode == ZEROS else None
+    return "same" if same else None
 
 
 def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
@@ -75,11 +76,12 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
         case Conv() if operator.dimensions == 0:
             dense = operator.regroup(1)
             made: Any = nn.Linear(dense.in_channels, dense.out_channels, dense.bias is not None, device="meta")
-            made.weight, made.bias = cast(dense.weight), cast(dense.bias)
+            made.weight, made.bias = cast(dense.kernel), cast(dense.bias)
         case Conv():
             padding = _own_padding(operator)
             # On the meta device no random numbers are drawn for weights that are about to be replaced.
-            made = _CONV_LAYERS[operator.dimensions](
+            conv_layer: Any = _CONV_LAYERS[operator.dimensions]
+            made = conv_layer(
                 operator.in_channels,
                 operator.out_channels,
                 operator.kernel_size,
@@ -91,9 +93,10 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
                 operator.padding_mode if padding is not None else ZEROS,
                 device="meta",
             )
-            made.weight, made.bias = cast(operator.weight), cast(operator.bias)
+            made.weight, made.bias = cast(operator.kernel), cast(operator.bias)
         case ChannelAffine():
-            shape = [-1] + [1] * (0 if operator.axis is None else -operator.axis - 1)
+            # A uniform one has no axes of its own, and changes neither the type nor the rank of what it reads.
+            shape = [] if operator.axis is None else [-1] + [1] * (-operator.axis - 1)
             shift = None if operator.shift is None else operator.shift.view(shape)
             made = Affine(operator.scale.view(shape).to(dtype), None if shift is None else shift.to(dtype))
         case AveragePool() if operator.dimensions == 1 or operator.divisor is None:
@@ -118,6 +121,7 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         Module or tensor for every name that the graph uses.
     """
     used = {str(node.target): _lookup(graph, str(node.target)) for node in graph.fx.nodes if _has_name(node)}
+    _rename_reserved(graph, used)
     names = _Names(graph, used)
     shared: dict[Any, str] = {}
     for node in list(graph.fx.nodes):
@@ -131,7 +135,9 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         key = node.meta.get("calls") if origins else node
         path = shared.get(key)
         if path is None or not _computes(used[path], operator):
-            dtype = next((dtypes[origin] for origin in sorted(origins) if origin in dtypes), default)
+            # A norm may be more precise than the convolution before it, which reads what the model's input is.
+            largest = max(sorted(origins & dtypes.keys()), key=lambda origin: names.sizes.get(origin, 0), default=None)
+            dtype = default if largest is None else dtypes[largest]
             path = shared[key] = names.take(node)
             used[path] = layer(operator, dtype)
         source = graph.source(node)
@@ -144,6 +150,22 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
 
 def _has_name(node: Node) -> bool:
     return node.op in ("call_module", "get_attr")
+
+
+def _rename_reserved(graph: Graph, used: dict[str, Any]) -> None:
+    """Move what lies under a name that a graph module needs itself, such as ``graph`` or ``code``."""
+    for node in graph.fx.nodes:
+        if _has_name(node) and _is_reserved(str(node.target)):
+            first, dot, rest = str(node.target).partition(".")
+            path = f"{first}_{dot}{rest}"
+            used[path] = _lookup(graph, str(node.target))
+            used.pop(str(node.target), None)
+            node.target = path
+
+
+def _is_reserved(path: str) -> bool:
+    first = path.partition(".")[0]
+    return hasattr(torch.fx.GraphModule, first) or first in ("meta", "report")
 
 
 def _lookup(graph: Graph, path: str) -> Any:
@@ -182,8 +204,10 @@ class _Names:
         self.sizes: dict[str, int] = {}
         self.containers = {""}
         for path, module in graph.modules.items():
-            self.sizes[path] = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            if type(module).forward in (nn.Sequential.forward, nn.Module.forward):
+            self.sizes[path] = sum(
+                parameter.numel() for parameter in module.parameters(recurse="parametrizations" in module._modules)
+            )
+            if getattr(type(module), "forward", None) in (nn.Sequential.forward, nn.Module.forward):
                 self.containers.add(path)
         self.taken: set[str] = set()
         self.around: set[str] = set()
@@ -193,6 +217,8 @@ class _Names:
         self.inhabitants: dict[str, set[Node]] = {}
         # Fused nodes that were made of nothing but what lies in a module.
         self.homes: dict[str, set[Node]] = {}
+        # Fused nodes that were made of anything in a module.
+        self.tenants: dict[str, set[Node]] = {}
         for node in graph.fx.nodes:
             if node.op not in ("call_module", "call_function", "call_method"):
                 continue
@@ -200,6 +226,8 @@ class _Names:
             places = {str(node.target)} if node.op == "call_module" else {node.meta.get("scope", ""), *origins}
             for prefix in {prefix for path in places for prefix in _prefixes(path)}:
                 self.inhabitants.setdefault(prefix, set()).add(node)
+            for prefix in {prefix for path in origins for prefix in _prefixes(path)}:
+                self.tenants.setdefault(prefix, set()).add(node)
             if origins and isinstance(node.target, (Conv, ChannelAffine)):
                 for prefix in _prefixes(_common_prefix(sorted(origins))):
                     self.homes.setdefault(prefix, set()).add(node)
@@ -216,15 +244,22 @@ class _Names:
         common = _common_prefix(origins)
         while "." in common and self._is_all_that_is_left(common.rpartition(".")[0], node):
             common = common.rpartition(".")[0]
-        main = max(origins, key=lambda path: self.sizes.get(path, 0))
-        deeper = [prefix for prefix in _prefixes(main) if len(prefix) > len(common)]
+        main = self.main_origin(node)
+        within = [prefix for prefix in _prefixes(main) if len(prefix) > len(common)]
+        deeper = [prefix for prefix in within if prefix == main or self.tenants.get(prefix) == {node}]
         path = next((path for path in (common, *deeper) if path and self._is_free(path, node)), "")
-        number = 0
-        while not path:
-            candidate = f"{main}_fused{number or ''}" if main else f"fused{number or ''}"
-            path, number = candidate if self._is_free(candidate, node) else "", number + 1
+        if not path:
+            # Beside what is busy, as deep as possible.
+            beside = [f"{prefix}_fused" for prefix in reversed(_prefixes(main))] or ["fused"]
+            numbered = (f"{name}{number or ''}" for number in itertools.count() for name in beside)
+            path = next(name for name in numbered if self._is_free(name, node))
         self._occupy(path)
         return path
+
+    def main_origin(self, node: Node) -> str:
+        """Of the modules whose parameters went into a node, the one that has the most."""
+        origins: list[str] = sorted(node.meta.get("origins", ())) or [str(node.meta.get("scope", ""))]
+        return max(origins, key=lambda path: self.sizes.get(path, 0))
 
     def _occupy(self, path: str) -> None:
         self.taken.add(path)
@@ -235,7 +270,7 @@ class _Names:
 
     def _is_free(self, path: str, node: Node) -> bool:
         """Whether no other layer is at, below or above ``path``, and none will have to be."""
-        busy = path in self.around or any(prefix in self.taken for prefix in _prefixes(path))
+        busy = _is_reserved(path) or path in self.around or any(prefix in self.taken for prefix in _prefixes(path))
         return not busy and self.homes.get(path, set()) <= {node}
 
 

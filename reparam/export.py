@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from reparam.errors import ExportError, VerificationError
 from reparam.report import Comparison
-from reparam.storage import atomic_write
+from reparam.storage import atomic_write, check_destination
 from reparam.verify import verify
 
 _PACKAGES = ("onnx", "onnxscript", "onnxsim", "onnxruntime")
@@ -84,10 +84,17 @@ class OnnxModel(nn.Module):
         return batch if isinstance(batch, int) else None
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        """Run the session."""
+        """Run the session.
+
+        Raises:
+            ExportError: onnxruntime refuses, such as for inputs of another shape.
+        """
         names = [item.name for item in self._session.get_inputs()]
         feed = {name: value.detach().cpu().numpy() for name, value in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in self._session.run(None, feed)]
+        try:
+            return [torch.from_numpy(value) for value in self._session.run(None, feed)]
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot run the model: {_reason(error)}") from error
 
 
 class Flat(nn.Module):
@@ -129,6 +136,7 @@ def export_onnx(
     path = Path(path)
     for package in _PACKAGES:
         _require(package)
+    check_destination(path)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with _quiet(), torch.no_grad():
         proto, dynamic = _to_onnx(model, inputs, opset)
@@ -164,9 +172,13 @@ def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], opset: int | None) ->
             )
         except Exception as error:  # the exporter raises anything
             failure = error
-        else:
-            assert program is not None
-            return program.model_proto, shapes is not None
+            continue
+        assert program is not None
+        # Where the model has one batch size only, the exporter fixes the axis without a word.
+        first = [value.type.tensor_type.shape.dim[0] for value in program.model_proto.graph.input]
+        dynamic = all(axis.HasField("dim_param") for axis in first)
+        if dynamic or shapes is None:
+            return program.model_proto, dynamic
     raise ExportError(f"PyTorch cannot express the model in ONNX: {_reason(failure)}") from failure
 
 

@@ -26,7 +26,10 @@ _CONV_FUNCTIONS = {f"{name}{n}d": n + 2 for name in ("conv", "conv_transpose") f
 _SEVERAL_OUTPUTS = (nn.RNNBase, nn.MultiheadAttention, nn.LSTMCell, nn.AdaptiveLogSoftmaxWithLoss)
 
 # torch.nn layers whose output does not have the rank of their input.
-_OTHER_RANK = (nn.Unflatten, nn.Fold, nn.Unfold, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.CosineSimilarity)
+_OTHER_RANK = (
+    nn.Unflatten, nn.Fold, nn.Unfold, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.CosineSimilarity,
+    nn.PairwiseDistance, nn.modules.loss._Loss,
+)  # fmt: skip
 
 _KEEP_RANK = frozenset(
     """abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d alpha_dropout avg_pool1d
@@ -51,6 +54,16 @@ _KEEP_SHAPE_MODULES = (
 _ARITHMETIC = frozenset(
     """add sub subtract rsub mul multiply div divide truediv true_divide floordiv pow maximum minimum eq ne lt le gt ge
     iadd isub imul itruediv addcmul addcdiv where""".split()
+)
+_INTEGERS = frozenset(
+    """argmax argmin argsort bincount bool bucketize byte count_nonzero eq ge gt int isfinite isinf isnan le logical_and
+    logical_not logical_or long lt ne nonzero one_hot searchsorted short""".split()
+)
+CONVERSIONS = frozenset("bfloat16 double float half to type type_as".split())
+# Methods of a tensor that return one, beside those above.
+_TENSOR_METHODS = frozenset(
+    """amax amin bmm expand expand_as flatten matmul mean movedim narrow permute repeat reshape squeeze std sum unflatten
+    unsqueeze var view view_as""".split()
 )
 _SEVERAL = frozenset("chunk split split_with_sizes unbind tensor_split topk sort".split())
 _METADATA_METHODS = frozenset("size dim ndimension numel stride is_floating_point element_size get_device".split())
@@ -80,9 +93,9 @@ def kind(node: Node, module: nn.Module | None = None) -> Kind:
     if node.op in ("placeholder", "get_attr"):
         return "tensor"
     if node.op == "call_module":
-        if not type(module).__module__.startswith("torch.nn"):
+        if not _is_leaf(module):
             return "unknown"
-        return "other" if isinstance(module, _SEVERAL_OUTPUTS) else "tensor"
+        return "other" if _has_several_outputs(module) else "tensor"
     name = target_name(node)
     if reads_only_metadata(node) or name in _SEVERAL:
         return "other"
@@ -96,8 +109,21 @@ def kind(node: Node, module: nn.Module | None = None) -> Kind:
         return "tensor" if node.args[1] in ("T", "mT", "data", "real") else "unknown"
     if name in _KEEP_RANK or name in _ARITHMETIC or getattr(node.target, "__module__", None) == "_operator":
         # Arithmetic on sizes gives sizes, arithmetic with a tensor gives a tensor.
-        return "tensor" if "tensor" in inputs else "other" if "other" in inputs else "unknown"
-    return "tensor" if node.op == "call_function" and "tensor" in inputs else "unknown"
+        if "tensor" in inputs:
+            return "tensor"
+        return "unknown" if "unknown" in inputs or not inputs else "other"
+    makes_tensor = node.op == "call_function" or name in _TENSOR_METHODS
+    return "tensor" if makes_tensor and "tensor" in inputs else "unknown"
+
+
+def _is_leaf(module: nn.Module | None) -> bool:
+    from reparam.lift import is_leaf
+
+    return module is not None and is_leaf(module)
+
+
+def _has_several_outputs(module: nn.Module | None) -> bool:
+    return isinstance(module, _SEVERAL_OUTPUTS) or bool(getattr(module, "return_indices", False))
 
 
 def rank(node: Node, module: nn.Module | None = None) -> int | None:
@@ -117,7 +143,7 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
     if name in _CONV_FUNCTIONS:
         return _CONV_FUNCTIONS[name]
     if name in _ARITHMETIC:
-        ranks = [value.meta.get("rank") for value in node.all_input_nodes if value.meta.get("kind") != "other"]
+        ranks: list[Any] = [v.meta.get("rank") for v in node.all_input_nodes if v.meta.get("kind") != "other"]
         return None if None in ranks or not ranks else max(ranks)
     if name in _KEEP_RANK:
         return known
@@ -125,10 +151,13 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
     match name:
         case "flatten":
             return _flattened(known, arguments.get(1, "start_dim", 0), arguments.get(2, "end_dim", -1))
-        case "mean" | "sum" | "amax" | "amin" | "std" | "var":
-            return _reduced(known, arguments.get(1, "dim", None), bool(arguments.get(2, "keepdim", False)))
+        case "mean" | "sum" | "amax" | "amin":
+            return _reduced(known, arguments.get(1, "dim", None), arguments.get(2, "keepdim", False))
+        case "std" | "var" if len(node.args) < 3:
+            # Their third argument may be that of an older signature.
+            return _reduced(known, arguments.get(1, "dim", None), arguments.get(2, "keepdim", False))
         case "view" | "reshape":
-            shape = node.args[1:]
+            shape: Any = node.args[1:]
             shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
             return len(shape) if len(shape) > 1 or (shape and isinstance(shape[0], int)) else None
         case "permute":
@@ -153,7 +182,8 @@ class _Arguments:
     def get(self, position: int, name: str, default: Any) -> Any:
         if len(self.node.args) > position:
             return self.node.args[position]
-        return self.node.kwargs.get(name, default)
+        # torch takes NumPy's name for an axis, too.
+        return self.node.kwargs.get(name, self.node.kwargs.get("axis", default) if name == "dim" else default)
 
 
 def _module_rank(module: nn.Module | None, known: int | None) -> int | None:
@@ -166,9 +196,9 @@ def _module_rank(module: nn.Module | None, known: int | None) -> int | None:
         return 5
     if isinstance(module, nn.Flatten):
         return _flattened(known, module.start_dim, module.end_dim)
-    if type(module).__module__.startswith("torch.nn") and not isinstance(module, (*_OTHER_RANK, *_SEVERAL_OUTPUTS)):
-        return known
-    return None
+    if not _is_leaf(module) or isinstance(module, _OTHER_RANK) or _has_several_outputs(module):
+        return None
+    return known
 
 
 def _flattened(known: int | None, start: Any, end: Any) -> int | None:
@@ -181,9 +211,11 @@ def _flattened(known: int | None, start: Any, end: Any) -> int | None:
     return known - (end % known - start % known)
 
 
-def _reduced(known: int | None, dims: Any, keep: bool) -> int | None:
+def _reduced(known: int | None, dims: Any, keep: Any) -> int | None:
     if known is None or keep:
-        return known if keep else None
+        return known if keep is True else None
+    if isinstance(dims, bool) or not isinstance(dims, (int, tuple, list, type(None))):
+        return None
     if dims is None:
         return 0
     return known - (len(dims) if isinstance(dims, (tuple, list)) else 1)
@@ -213,6 +245,15 @@ def channels(module: nn.Module | None, rank: int | None) -> tuple[int, int] | No
     return None
 
 
+def is_floating(node: Node) -> bool:
+    """Whether the value of a node may be of floating-point numbers; an integer times a float is no scaled integer."""
+    name = target_name(node)
+    if node.op == "call_module" or name in CONVERSIONS:
+        return True
+    tensors = [source for source in node.all_input_nodes if source.meta.get("kind") == "tensor"]
+    return name not in _INTEGERS and (not tensors or any(source.meta.get("floating", True) for source in tensors))
+
+
 def keeps_shape(node: Node) -> bool:
     """Whether a node is known to return its first input's shape."""
     return target_name(node) in _KEEP_SHAPE or "keeps_shape" in node.meta
@@ -224,6 +265,7 @@ def note(node: Node, module: nn.Module | None = None) -> None:
     meta.setdefault("kind", kind(node, module))
     if meta.get("rank") is None:
         meta["rank"] = rank(node, module)
+    meta.setdefault("floating", is_floating(node))
     if module is not None:
         made = channels(module, meta["rank"])
         if made is not None:
@@ -236,5 +278,7 @@ def note_value(node: Node, value: object) -> None:
     """Write what an example shows of a node's value into its ``meta``."""
     if isinstance(value, torch.Tensor):
         node.meta.update(kind="tensor", rank=value.dim(), shape=tuple(value.shape))
+        node.meta.update(floating=value.is_floating_point(), dtype=value.dtype)
     else:
-        node.meta["kind"] = "other"
+        # What a container holds is not known before it is taken out.
+        node.meta["kind"] = "unknown" if isinstance(value, (dict, list, tuple)) else "other"

@@ -16,7 +16,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +153,10 @@ def _lift_module(node: Node, module: nn.Module, modules: Modules) -> Operator | 
     from reparam.capture import carries_hooks
 
     cls = _leaf_class(type(module))
-    lifter = next((_TABLE[base] for base in (cls.__mro__ if cls else ()) if base in _TABLE), None)
-    if lifter is None or not is_leaf(module):
+    if cls is None or not is_leaf(module):
+        return None
+    lifter = next((_TABLE[base] for base in cls.__mro__ if base in _TABLE and _keeps(cls, base)), None)
+    if lifter is None:
         return None
     if carries_hooks(module):
         return Refusal("it carries hooks, which a fused kernel would drop")
@@ -210,8 +212,11 @@ def _conv(
     padding_mode: str = "zeros",
 ) -> Conv:
     """A convolution from the arguments of torch's own."""
+    if weight.is_complex():
+        raise AlgebraError("its weights are complex numbers")
     space = weight.dim() - 2
     dilation = _ints(dilation, space)
+    (groups,) = _ints(groups, 1)
     pads: tuple[tuple[int, int], ...]
     if padding == "valid":
         pads = ((0, 0),) * space
@@ -348,8 +353,8 @@ def _(input: Any, weight: Any, bias: Any = None) -> Operator | None:
     return Linear(weight.detach(), None if bias is None else bias.detach())
 
 
-@register(F.batch_norm, torch.batch_norm)
-def _(
+@register(F.batch_norm)
+def _batch_norm(
     input: Any,
     running_mean: Any,
     running_var: Any,
@@ -365,6 +370,22 @@ def _(
     if training is not False or not isinstance(running_mean, Tensor) or not isinstance(running_var, Tensor):
         raise AlgebraError("it has no running statistics and normalises with those of its input")
     return _norm(running_mean, running_var, weight, bias, eps, _second_axis(input))
+
+
+@register(torch.batch_norm)
+def _(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Operator | Sum | None:
+    # The order of its arguments is not that of torch.nn.functional's.
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @register(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
@@ -398,6 +419,14 @@ def _(input: Any, pad: Any, mode: str = "constant", value: float | None = None) 
 # Arithmetic.
 
 
+def _is_linear_in(x: Any) -> TypeGuard[Node]:
+    """Whether arithmetic on ``x`` is arithmetic on an activation, and not on sizes or on integers.
+
+    An integer becomes a float on the way (``image / 255``), which no convolution can take in.
+    """
+    return isinstance(x, Node) and x.meta.get("kind") != "other" and bool(x.meta.get("floating", True))
+
+
 def _number(value: Any) -> float | None:
     """A Python number, or a tensor that holds one and cannot change the shape or type of what it meets."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -405,6 +434,12 @@ def _number(value: Any) -> float | None:
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
         return float(value)
     return None
+
+
+def _factor(alpha: Any) -> float:
+    if isinstance(alpha, Node):
+        raise AlgebraError("its factor depends on the input")
+    return float(alpha)
 
 
 def _vector(constant: Tensor, x: Node) -> tuple[Tensor, int | None, bool]:
@@ -445,11 +480,11 @@ def _channels(x: Node | None, axis: int) -> int | None:
 def _add(x: Any, y: Any, sign: float) -> Operator | Sum | None:
     """``x + sign * y``."""
     if isinstance(x, Node) and isinstance(y, Node):
-        if "other" in (x.meta.get("kind"), y.meta.get("kind")):
+        if not _is_linear_in(x) or not _is_linear_in(y):
             return None
         return Sum(((1.0, x), (sign, y)))
     node, constant, of_node, of_constant = (x, y, 1.0, sign) if isinstance(x, Node) else (y, x, sign, 1.0)
-    if not isinstance(node, Node) or node.meta.get("kind") == "other":
+    if not _is_linear_in(node):
         return None
     number = _number(constant)
     if number is not None:
@@ -463,7 +498,7 @@ def _add(x: Any, y: Any, sign: float) -> Operator | Sum | None:
 
 def _multiply(x: Any, y: Any) -> Operator | Sum | None:
     node, constant = (x, y) if isinstance(x, Node) else (y, x)
-    if not isinstance(node, Node) or isinstance(constant, Node) or node.meta.get("kind") == "other":
+    if not _is_linear_in(node) or isinstance(constant, Node):
         return None
     number = _number(constant)
     if number is not None:
@@ -476,17 +511,17 @@ def _multiply(x: Any, y: Any) -> Operator | Sum | None:
 
 @register(operator.add, operator.iadd, torch.add, "add", "add_")
 def _(x: Any, y: Any, *, alpha: float = 1) -> Operator | Sum | None:
-    return _add(x, y, float(alpha))
+    return _add(x, y, _factor(alpha))
 
 
 @register(operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract")
 def _(x: Any, y: Any, *, alpha: float = 1) -> Operator | Sum | None:
-    return _add(x, y, -float(alpha))
+    return _add(x, y, -_factor(alpha))
 
 
 @register(torch.rsub)
 def _(x: Any, y: Any, *, alpha: float = 1) -> Operator | Sum | None:
-    return _add(y, x, -float(alpha))
+    return _add(y, x, -_factor(alpha))
 
 
 @register(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
@@ -500,17 +535,17 @@ def _(x: Any, y: Any, *, rounding_mode: str | None = None) -> Operator | Sum | N
         return None
     if isinstance(y, Tensor):
         return _multiply(x, y.detach().double().reciprocal()) if y.is_floating_point() else None
-    return ChannelAffine.uniform(1.0 / y) if _number(y) and x.meta.get("kind") != "other" else None
+    return ChannelAffine.uniform(1.0 / y) if _number(y) and _is_linear_in(x) else None
 
 
 @register(operator.neg, torch.neg, torch.negative, "neg", "negative", "neg_")
 def _(x: Any) -> Operator | None:
-    return ChannelAffine.uniform(-1.0) if isinstance(x, Node) and x.meta.get("kind") != "other" else None
+    return ChannelAffine.uniform(-1.0) if _is_linear_in(x) else None
 
 
 @register(operator.pos, torch.positive, "positive")
 def _(x: Any) -> Operator | None:
-    return ChannelAffine.uniform(1.0) if isinstance(x, Node) and x.meta.get("kind") != "other" else None
+    return ChannelAffine.uniform(1.0) if _is_linear_in(x) else None
 
 
 def _stacked(x: Any, dim: Any, keepdim: bool, dtype: Any, mean: bool) -> Sum | None:

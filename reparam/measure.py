@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from reparam import facts
 from reparam.emit import Affine
@@ -45,21 +46,21 @@ def count(graph: Graph, modules: Mapping[str, Any], parameters: int, multiply_ad
     """
     totals = dict.fromkeys(_KINDS, 0)
     for node in graph.nodes:
-        for kind in _kinds(node, modules):
+        for kind in kinds_of(node, modules):
             totals[kind] += 1
     kernels = sum(totals.values())
     del totals["other"]
     return Counts(**totals, kernels=kernels, parameters=parameters, multiply_adds=multiply_adds)
 
 
-def _kinds(node: Node, modules: Mapping[str, Any]) -> list[str]:
+def kinds_of(node: Node, modules: Mapping[str, Any]) -> list[str]:
+    """What kinds of kernel a node launches, each as a field of Counts, or "other" for the rest."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        if type(module).__module__.startswith("torch.nn.") or isinstance(module, Affine):
-            kind = module_kind(module)
-            return [kind] if kind else []
         # An opaque leaf launches at least what its own layers launch.
-        return [kind for inner in module.modules() if (kind := module_kind(inner))] or ["other"]
+        kinds = [kind for inner in module.modules() if (kind := module_kind(inner))]
+        known = type(module).__module__.startswith("torch.nn.") or isinstance(module, Affine)
+        return kinds if kinds or known else ["other"]
     if node.op not in ("call_function", "call_method") or facts.reads_only_metadata(node):
         return []
     name = facts.target_name(node)
@@ -95,6 +96,22 @@ def parameters_of(model: nn.Module) -> int:
 
 def multiply_adds_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Multiply-adds of the convolutions and matrix products in one call."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    counter = _MultiplyAdds()
+    with counter, torch.no_grad():
         model(*args, **kwargs)
-    return int(counter.get_total_flops()) // 2
+    return counter.total
+
+
+class _MultiplyAdds(TorchDispatchMode):
+    """torch's own formulas, without its bookkeeping by module, which takes far longer than the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=result)) // 2
+        return result

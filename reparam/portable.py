@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.overrides import get_overridable_functions
 
+from reparam.checkpoint import mismatch
 from reparam.emit import Affine
 from reparam.errors import CheckpointError, ExportError
 
@@ -64,14 +65,18 @@ def rebuild(description: Mapping[str, Data], tensors: Mapping[str, Tensor]) -> G
     """Make the module that :func:`describe` described, in eval mode, its parameters frozen and not copied.
 
     Raises:
-        CheckpointError: The description is malformed, or asks for anything that is not on the allowlists.
+        CheckpointError: The description asks for anything that is not on the allowlists, or ``tensors`` are not what
+            it needs. Where it is malformed, the exception is whatever Python raises then.
     """
-    root: dict[str, Any] = {}
-    for path, layer in description["layers"].items():
-        prefix = _path(path) + "."
-        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        root[path] = _rebuild_layer(layer)
-        root[path].requires_grad_(False).load_state_dict(state, strict=True, assign=True)
+    layers = {_path(path): _rebuild_layer(layer) for path, layer in description["layers"].items()}
+    expected = {f"{path}.{name}": value for path, layer in layers.items() for name, value in layer.state_dict().items()}
+    problem = mismatch(expected, tensors, extra=description["constants"])
+    if problem:
+        raise CheckpointError(f"its weights do not fit its graph: {problem}")
+    for path, layer in layers.items():
+        state = {name: tensors[f"{path}.{name}"] for name in layer.state_dict()}
+        layer.requires_grad_(False).load_state_dict(state, strict=True, assign=True)
+    root: dict[str, Any] = dict(layers)
     for path, kind in description["constants"].items():
         parameter = kind == "parameter"
         root[_path(path)] = nn.Parameter(tensors[path], requires_grad=False) if parameter else tensors[path]
@@ -83,15 +88,6 @@ def rebuild(description: Mapping[str, Data], tensors: Mapping[str, Tensor]) -> G
             model.get_submodule(owner)._non_persistent_buffers_set.add(name)
     graph.lint()
     return model.eval()
-
-
-def expected_tensors(description: Mapping[str, Data]) -> dict[str, Tensor]:
-    """Names and shapes (on the meta device) of the layers' tensors that :func:`rebuild` needs."""
-    return {
-        f"{path}.{name}": tensor
-        for path, layer in description["layers"].items()
-        for name, tensor in _rebuild_layer(layer).state_dict().items()
-    }
 
 
 _INSTEAD = "write .onnx, or keep the weights alone with torch.save(model.state_dict(), ...)"

@@ -21,11 +21,12 @@ import torch.fx
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam import facts
+from reparam import facts, measure
 from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad
+from reparam.capture import carries_hooks
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
-from reparam.lift import Refusal, Sum, lift
+from reparam.lift import Refusal, Sum, is_leaf, lift
 from reparam.report import Remark
 from reparam.verify import certify
 
@@ -150,7 +151,8 @@ class Graph:
         """Whether a node calls Python that was not traced."""
         if node.op != "call_module":
             return False
-        return not type(self.modules[str(node.target)]).__module__.startswith("torch.nn")
+        module = self.modules[str(node.target)]
+        return not is_leaf(module) or carries_hooks(module)
 
     def path(self, node: Node) -> str:
         """The module path that a remark about ``node`` names."""
@@ -203,7 +205,7 @@ class Graph:
         anchor = region[0] if region else replaced
         with self.fx.inserting_before(anchor):
             name = {Conv: "conv", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}[type(value.operator)]
-            node = self.fx.create_node("call_function", value.operator, (value.source,), {}, name)  # type: ignore[arg-type]
+            node = self.fx.create_node("call_function", value.operator, (value.source,), {}, name)
         node.meta = _merged_meta(region, value.operator, replaced)
         return node
 
@@ -217,10 +219,10 @@ class Graph:
             made += new
             terms.append((coefficient, node))
         # A term that need not be scaled or negated goes first.
-        terms.sort(key=lambda term: (term[0] != 1.0, abs(term[0]) == 1.0))
+        terms.sort(key=lambda term: term[0] != 1.0)
 
-        def call(function: Callable[..., Any], *args: Any) -> Node:
-            node = self.fx.call_function(function, args)
+        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+            node = self.fx.call_function(function, args, kwargs)
             node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank")} | {
                 "origins": frozenset()
             }
@@ -228,14 +230,15 @@ class Graph:
             return node
 
         with self.fx.inserting_before(replaced):
-            total: Node | None = None
-            for coefficient, node in terms:
-                if total is not None and abs(coefficient) == 1.0:
+            (coefficient, total), *others = terms
+            if coefficient != 1.0:
+                total = call(operator.mul, total, coefficient)
+            # One kernel a term, whatever its coefficient: a factor of the whole sum costs nothing when it is spread.
+            for coefficient, node in others:
+                if abs(coefficient) == 1.0:
                     total = call(operator.add if coefficient > 0 else operator.sub, total, node)
-                    continue
-                scaled = node if coefficient == 1.0 else call(operator.mul, node, coefficient)
-                total = scaled if total is None else call(operator.add, total, scaled)
-        assert total is not None
+                else:
+                    total = call(torch.add, total, node, alpha=coefficient)
         return total, made
 
     def _apply(self, rewrite: Rewrite) -> tuple[list[Node], list[Node]]:
@@ -246,30 +249,32 @@ class Graph:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
             new += made
-            for absorbed, twin in twins.items():
+            for absorbed, operator in twins.items():
+                twin = next((new for new in made if new.target is operator), None) or self._surviving(absorbed, twins)
                 for reader in [reader for reader in absorbed.users if facts.reads_only_metadata(reader)]:
-                    reader.replace_input_with(
-                        absorbed, result if twin == "result" else self._surviving(absorbed, twins)
-                    )
+                    reader.replace_input_with(absorbed, twin)
             node.replace_all_uses_with(result)
+            # A sum names its terms, which have just changed.
+            for reader in result.users:
+                self._lifted.pop(reader, None)
             dead.append(node)
         return new, self._erase(dead)
 
-    def _twins(self, node: Node, value: Expression) -> dict[Node, str]:
-        """For every absorbed node whose shape is read, where that shape can be read instead."""
+    def _twins(self, node: Node, value: Expression) -> dict[Node, Operator | None]:
+        """For every absorbed node whose shape is read, the operator with a result of that shape; None: its source."""
         applies = [value] if isinstance(value, Apply) else []
         if isinstance(value, Add):
             applies = [term for _, term in value.terms if isinstance(term, Apply)]
-        twins = {}
+        twins: dict[Node, Operator | None] = {}
         for apply in applies:
             for absorbed in self.region([term for _, term in apply.terms], apply.source):
                 if absorbed is not node and len(absorbed.users) > len(self.readers(absorbed)):
                     reader = next(iter(self.readers(absorbed)))
-                    twins[absorbed] = self._shape_twin(absorbed, reader) or "result"
+                    twins[absorbed] = None if self._shape_twin(absorbed, reader) == "source" else apply.operator
         return twins
 
-    def _surviving(self, node: Node, twins: dict[Node, str]) -> Node:
-        while twins.get(node) == "source":
+    def _surviving(self, node: Node, twins: dict[Node, Operator | None]) -> Node:
+        while node in twins and twins[node] is None:
             node = self.source(node)
         return node
 
@@ -423,10 +428,25 @@ def rewrite(
                     break
                 case Missed() as refusal:
                     missed[refusal.node or node, rule.name] = refusal.reason
+                case None:
+                    # What stood in the way before may be gone.
+                    missed.pop((node, rule.name), None)
     for (node, name), reason in missed.items():
         if not node._erased:
             outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
+    outcome.remarks += _left_over(graph, {node for node, _ in missed})
     return outcome
+
+
+def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:
+    """Remarks for the layers that no rule had any business with: every norm that stays says why."""
+    for node in graph.fx.nodes:
+        kinds = measure.kinds_of(node, graph.modules) if node.op.startswith("call") and node not in explained else []
+        match graph.op(node):
+            case Refusal(reason) if kinds and kinds[0] != "other":
+                yield Remark("missed", "Lift", graph.path(node), reason)
+            case ChannelAffine() as norm if kinds == ["norms"] and not norm.is_identity:
+                yield Remark("missed", "Lift", graph.path(node), "nothing linear stands next to it")
 
 
 def _perform(graph: Graph, rule: Rule, change: Rewrite) -> list[Node]:
@@ -448,15 +468,13 @@ def _touched(graph: Graph, change: Rewrite) -> list[Node]:
     """All nodes that a rewrite may erase."""
     found: dict[Node, None] = {}
     pending = [node for node, _ in change.values]
-    stop = {apply.source for apply in applies(change)} | {v for _, v in change.values if isinstance(v, Node)}
+    stop = {apply.source for apply in applies(change)} | set(_remaining(change))
     while pending:
         node = pending.pop()
         if node in found or node in stop:
             continue
         found[node] = None
-        pending.extend(
-            source for source in node.all_input_nodes if source.op != "placeholder" and graph.op(source) is not None
-        )
+        pending.extend(node.all_input_nodes)
     return list(found)
 
 
@@ -472,7 +490,12 @@ def applies(change: Rewrite) -> list[Apply]:
 
 
 def _remaining(change: Rewrite) -> list[Node]:
-    return [value for _, value in change.values if isinstance(value, Node)]
+    """The nodes that a rewrite keeps, as values or as terms."""
+    found = []
+    for _, value in change.values:
+        terms = [term for _, term in value.terms] if isinstance(value, Add) else [value]
+        found += [term for term in terms if isinstance(term, Node)]
+    return found
 
 
 def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:

@@ -72,7 +72,7 @@ def operator_text(operator: Operator) -> str:
             return f"conv{operator.dimensions}d[{', '.join(facts)}]"
         case ChannelAffine() if operator.axis is None:
             shift = "" if operator.shift is None else f" + {operator.shift.item():g}"
-            return f"affine[{operator.scale.item():g}{shift}]"
+            return "identity" if operator.is_identity else f"affine[{operator.scale.item():g}{shift}]"
         case ChannelAffine():
             return f"affine[{len(operator.scale)}, axis {operator.axis}{', scale only' * (operator.shift is None)}]"
         case AveragePool():

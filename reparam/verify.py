@@ -8,6 +8,7 @@ room for a mistake at an edge. Whole models are compared in their own precision.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 CERTIFICATE_TOLERANCE = 1e-9
 
 # What rounding may add up to over a whole network, relative to the largest output.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1} | {
+    torch.complex128: 1e-9,
+    torch.complex64: 1e-4,
+}
 
 
 # Rewrites.
@@ -37,8 +41,20 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
         The largest relative error.
 
     Raises:
-        VerificationError: It does not, by more than 1e-9 of the largest magnitude.
+        VerificationError: It does not, by more than 1e-9 of the largest magnitude, or the two cannot even be run.
     """
+    try:
+        return _certify(graph, rewrite, where, rule)
+    except VerificationError:
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"{rule} at {where or 'the model'} cannot be certified ({error}); this is a defect of the rule, "
+            "please report it"
+        ) from error
+
+
+def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     from reparam.rewrite import Add, applies
 
     largest = 0.0
@@ -123,6 +139,9 @@ def _inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
             sizes = list(range(2, 2 + rank))
             sizes[operator.axis] = len(operator.scale)
             shapes = [tuple(sizes)]
+        case ChannelAffine():
+            # The same everywhere, also because it might be a norm of a single channel.
+            shapes = [(2, 1, 3, 4, 5)[: rank or 4]]
         case _:
             shapes = [tuple(range(2, 2 + (rank or 4)))]
     for shape in shapes:
@@ -144,6 +163,8 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any]) -> Any:
 
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
     match node.op:
+        case "placeholder":
+            raise LookupError(f"the replacement leaves out what depends on the input {node.target}")
         case "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             result = _double(getattr(graph.modules[owner], name))
@@ -154,8 +175,8 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any]) -> Any:
         case "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         case _:
-            function = node.target.double() if isinstance(node.target, Conv) else node.target
-            result = function(*args, **kwargs)  # type: ignore[operator]
+            function: Any = node.target.double() if isinstance(node.target, Conv) else node.target
+            result = function(*args, **kwargs)
     env[node] = result
     return result
 
@@ -249,6 +270,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_plain(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     return value
 
 
@@ -256,7 +279,10 @@ def _relative_error(reference: Tensor, result: Tensor) -> float:
     """Largest absolute difference over the largest magnitude; nan or inf must match in place."""
     if reference.numel() == 0:
         return 0.0
-    x, y = reference.detach().double(), result.detach().to(reference.device).double()
+    x, y = reference.detach(), result.detach().to(reference.device)
+    if x.is_complex():
+        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
+    x, y = x.double(), y.double()
     finite = torch.isfinite(x)
     if not torch.equal(finite, torch.isfinite(y)) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
         return float("inf")

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from hypothesis import HealthCheck, settings
 
+# Before this folder goes on the path: it has a folder `reparam` of its own, which would be taken for the package.
+import reparam  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support import declare_torchvision_ops  # noqa: E402

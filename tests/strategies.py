@@ -21,8 +21,8 @@ LARGEST_KERNEL = {1: 5, 2: 4, 3: 3}
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16)
 
 dimensions = st.integers(1, 3)
-modes = st.sampled_from(MODES)
 borders = st.sampled_from(MODES[1:])
+modes = st.just("zeros") | borders
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -72,13 +72,11 @@ def convs(
     ``growth`` is the output size minus the input size at stride 1; it leaves the position of the kernel open.
     """
     axes = range(dimensions)
-    if in_channels is None:
-        in_channels = draw(st.sampled_from(CHANNELS))
-    if out_channels is None:
-        # A multiple of the input's leaves the most choice of groups, and is what depthwise layers have.
-        out_channels = draw(st.sampled_from(CHANNELS) | st.integers(1, 3).map(lambda m: m * in_channels))
     if groups is None:
-        groups = draw(st.sampled_from(divisors(math.gcd(in_channels, out_channels))))
+        known = math.gcd(in_channels or 0, out_channels or 0)
+        groups = draw(st.sampled_from(divisors(known) if known else (1, 2, 3)))
+    in_channels = in_channels or groups * draw(st.integers(1, 3))
+    out_channels = out_channels or groups * draw(st.integers(1, 3))
     if kernel_size is None:
         kernel_size = [draw(st.integers(1, LARGEST_KERNEL[dimensions])) for _ in axes]
     if dilation is None:
@@ -100,6 +98,7 @@ def convs(
         tuple(dilation),
         groups,
         mode,
+        gain=random_tensor((out_channels,), draw(seeds)) if draw(st.booleans()) else None,
     )
 
 
@@ -111,7 +110,7 @@ def linears(draw: st.DrawFn, in_channels: int | None = None, out_channels: int |
 @st.composite
 def affines(draw: st.DrawFn, channels: int, axis: int, *, shift: bool | None = None) -> ChannelAffine:
     """Scales, with a shift or not, for every channel or uniform."""
-    count = draw(st.sampled_from((1, channels)))
+    count = draw(st.sampled_from((1, channels, channels)))
     shifts = draw(st.booleans()) if shift is None else shift
     return ChannelAffine(
         draw(tensors((count,))), draw(tensors((count,))) if shifts else None, None if count == 1 else axis

@@ -26,7 +26,8 @@ def declare_torchvision_ops() -> None:
     source = (Path(spec.origin).parent / "_meta_registrations.py").read_text()
     library = torch.library.Library("torchvision", "FRAGMENT")
     _LIBRARIES.append(library)
-    for name in sorted(set(re.findall(r'register_meta\("(\w+)"', source)) | set(re.findall(r"torchvision::(\w+)", source))):
+    names = set(re.findall(r'register_meta\("(\w+)"', source)) | set(re.findall(r"torchvision::(\w+)", source))
+    for name in sorted(names):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor x) -> Tensor")
 

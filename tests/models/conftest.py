@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
+import torch
 from timm.layers import SqueezeExcite
 from torch import nn
 
@@ -116,6 +117,12 @@ def build_authors_repvit(name: str, num_classes: int = 1000, distillation: bool 
         if stage < len(widths) - 1:
             blocks.append((width, False, 1))
     return AuthorsRepViT(blocks, num_classes, distillation, name in FIRST_RELEASE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seed() -> None:
+    """Weights are random, but the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

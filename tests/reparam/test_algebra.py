@@ -19,17 +19,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+import strategies
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import random_tensor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import strategies
 from reparam.algebra import AveragePool, ChannelAffine, Conv, Linear, Operator, Pad, parallel
 from reparam.errors import AlgebraError
-from strategies import random_tensor
 
 Function = Callable[[Tensor], Tensor]
 
@@ -41,18 +41,24 @@ POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 # The first oracle: torch.
 
 
+def kernel_of(conv: Conv) -> Tensor:
+    """The numbers that multiply the input."""
+    weight = conv.weight.double()
+    return weight if conv.gain is None else weight * conv.gain.reshape(-1, *[1] * (weight.dim() - 1))
+
+
 def plain(operator: Operator, x: Tensor) -> Tensor:
     """The operator by torch's own functions."""
     match operator:
-        case Conv(weight=weight, bias=bias, groups=groups) if operator.dimensions == 0:
+        case Conv(bias=bias, groups=groups) if operator.dimensions == 0:
             blocks = x.unflatten(-1, (groups, -1)).unbind(-2)
-            matrices = weight.double().chunk(groups)
+            matrices = kernel_of(operator).chunk(groups)
             y = torch.cat([block @ matrix.T for block, matrix in zip(blocks, matrices, strict=True)], -1)
             return y if bias is None else y + bias.double()
-        case Conv(weight=weight, bias=bias, stride=stride, dilation=dilation, groups=groups):
+        case Conv(bias=bias, stride=stride, dilation=dilation, groups=groups):
             x = plain(Pad(operator.padding, operator.padding_mode), x)
             bias = None if bias is None else bias.double()
-            return CONV[operator.dimensions](x, weight.double(), bias, stride, 0, dilation, groups)
+            return CONV[operator.dimensions](x, kernel_of(operator), bias, stride, 0, dilation, groups)
         case ChannelAffine(scale=scale, shift=shift, axis=axis):
             shape = (-1,) if axis is None else (-1, *[1] * (-axis - 1))
             y = x * scale.double().reshape(shape)
@@ -114,7 +120,7 @@ class Taps:
         dense = torch.zeros(conv.out_channels, conv.in_channels, *conv.kernel_size, dtype=torch.float64)
         rows, columns = conv.out_channels // conv.groups, conv.in_channels // conv.groups
         for g in range(conv.groups):
-            block = conv.weight[g * rows : (g + 1) * rows].double()
+            block = kernel_of(conv)[g * rows : (g + 1) * rows]
             dense[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] = block
         matrices = {}
         for tap in itertools.product(*map(range, conv.kernel_size)):
@@ -219,13 +225,15 @@ def smallest_size(axis: int, chains: Sequence[Sequence[Operator]]) -> int:
 
 
 def inputs(channels: int, space: int, *chains: Sequence[Operator], count: int = 3) -> Iterator[Tensor]:
-    """Batches of ``count`` consecutive sizes along every axis, from the smallest that all chains accept."""
+    """The smallest input that all chains accept, and ``count`` consecutive sizes along every axis in turn."""
     smallest = [smallest_size(axis, chains) for axis in range(-space, 0)]
-    for i in range(count):
-        sizes = [first + (i + axis) % count for axis, first in enumerate(smallest)]
-        yield random_tensor((2, channels, *sizes), seed=i)
+    roomy = [size + count - 1 for size in smallest]
+    yield random_tensor((2, channels, *smallest), seed=0)
+    for axis, size in enumerate(smallest):
+        for more in range(count):
+            yield random_tensor((2, channels, *roomy[:axis], size + more, *roomy[axis + 1 :]), seed=more)
     if space == 0:
-        yield random_tensor((2, 3, channels), seed=count)
+        yield random_tensor((2, 3, channels), seed=0)
 
 
 def remainders(*operators: Operator) -> int:
@@ -264,11 +272,7 @@ def tensors_of(*operators: Operator) -> list[Tensor]:
 
 
 def combine(combinator: Callable[..., Operator], *operands: Operator) -> Operator:
-    """``combinator(*operands)``: off the tape, the same every time, and with its operands left alone.
-
-    It is in float64, but for a tensor that an operand lends it unchanged.
-    """
-    lent = {tensor.data_ptr() for tensor in tensors_of(*operands)}
+    """``combinator(*operands)``: float64, off the tape, the same every time, and with its operands left alone."""
     before = [(tensor, tensor._version, tensor.clone()) for tensor in tensors_of(*operands)]
     result = combinator(*operands)
     again = combinator(*operands)
@@ -276,37 +280,40 @@ def combine(combinator: Callable[..., Operator], *operands: Operator) -> Operato
         assert tensor._version == version
         assert torch.equal(tensor, values)
     for first, second in zip(tensors_of(result), tensors_of(again), strict=True):
-        assert first.dtype == torch.float64 or first.data_ptr() in lent
-        assert not first.requires_grad
         assert torch.equal(first, second)
+    # The weight of a convolution may still be the model's own, in the model's precision.
+    numbers = tensors_of(result.double()) if isinstance(result, Conv) else tensors_of(result)
+    assert all(tensor.dtype == torch.float64 and not tensor.requires_grad for tensor in numbers)
     return result
 
 
 def check(combined: Operator, truth: Function, channels: int, space: int, *chains: Sequence[Operator]) -> None:
     """``combined`` and ``truth`` agree on every input, and ``combined`` accepts all that its parts accept."""
-    cropped = any(
-        amount < 0
-        for part in itertools.chain(*chains)
-        for pair in getattr(part, "padding", ())
-        for amount in _pair(pair)
-    )
-    if not cropped:  # torch cannot crop more than there is before it pads, in whatever order the parts did.
+    padded = [part for part in itertools.chain(*chains) if isinstance(part, (Conv, Pad))]
+    if not any(min(pair) < 0 for part in padded for pair in part.padding):
+        # Torch cannot crop more than there is before it pads, in whatever order the parts did.
         assert all(smallest_size(a, chains) >= smallest_size(a, [[combined]]) for a in range(-space, 0))
     for x in inputs(channels, space, *chains, [combined], count=remainders(combined)):
         assert_same(combined(x), truth(x))
 
 
-def _pair(padding: int | tuple[int, int]) -> tuple[int, int]:
-    return padding if isinstance(padding, tuple) else (padding, padding)
+def refuses(reason: str, combinator: Callable[..., object], *operands: object) -> None:
+    with pytest.raises(AlgebraError, match=reason):
+        combinator(*operands)
+
+
+def refuses_sum(reason: str, *terms: Operator) -> None:
+    refuses(reason, parallel, terms)
+    with pytest.raises(AlgebraError, match=reason):
+        parallel(terms, outline=True)
 
 
 # The operators themselves.
 
 
 @st.composite
-def any_conv(draw: st.DrawFn, **given: object) -> Conv:
-    space = draw(st.integers(0, 3))
-    return draw(strategies.convs(space, mode=draw(strategies.modes), **given))  # type: ignore[arg-type]
+def any_conv(draw: st.DrawFn) -> Conv:
+    return draw(strategies.convs(draw(st.integers(0, 3)), mode=draw(strategies.modes)))
 
 
 @given(any_conv())
@@ -327,7 +334,7 @@ def test_a_convolution_is_the_layer_of_torch(data: st.DataObject, space: int, mo
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, tuple(p for p, _ in pairs), dilation,
         conv.groups, conv.bias is not None, mode, dtype=torch.float64,
     )  # fmt: skip
-    layer.load_state_dict({"weight": conv.weight, **({} if conv.bias is None else {"bias": conv.bias})})
+    layer.load_state_dict({"weight": conv.kernel, **({} if conv.bias is None else {"bias": conv.bias})})
     for x in inputs(conv.in_channels, space, [conv]):
         assert_same(conv(x), layer(x).detach())
 
@@ -336,15 +343,16 @@ def test_a_convolution_is_the_layer_of_torch(data: st.DataObject, space: int, mo
 def test_what_a_convolution_says_about_itself(conv: Conv) -> None:
     taps = Taps.of(conv)
     assert conv.axis == -1 - conv.dimensions
+    assert torch.equal(conv.kernel, kernel_of(conv))
     assert conv.growth == taps.growth
     assert conv.multiply_adds == sum(int(torch.count_nonzero(matrix)) for matrix in taps.matrices.values())
     origin = (0,) * conv.dimensions
     assert conv.is_pointwise == (set(taps.matrices) == {origin} and conv.keeps_size)
+    assert conv.pads or conv.padding_mode == "zeros"
     assert conv.has_plain_padding == all(a == b and a >= 0 for a, b in conv.padding)
     xs = list(inputs(conv.in_channels, conv.dimensions, [conv], count=remainders(conv)))
     if conv.dimensions:
         assert conv.keeps_size == all(conv(x).shape[2:] == x.shape[2:] for x in xs)
-        # Without a bias, what is one everywhere becomes the same everywhere only when no padding is read.
         assert conv.pads == any(
             at < 0 or at + step * (size - 1) >= n
             for x in xs
@@ -478,20 +486,30 @@ def test_affine_after_convolution(conv: Conv, data: st.DataObject) -> None:
     check(fused, chain(conv, norm), conv.in_channels, conv.dimensions, [conv])
 
 
+def test_affine_after_convolution_copies_no_kernel() -> None:
+    conv = Conv(random_tensor((4, 4, 3), 0, torch.float32))
+    fused = conv.then(ChannelAffine(random_tensor((4,), 1), None, -2)).then(ChannelAffine.uniform(2.0))
+    assert fused.weight.data_ptr() == conv.weight.data_ptr()
+
+
 @given(any_conv(), st.data())
-def test_affine_before_convolution_is_fused_exactly_when_padding_does_not_see_it(
-    conv: Conv, data: st.DataObject
-) -> None:
-    norm = data.draw(strategies.affines(conv.in_channels, conv.axis))
-    if norm.shift is not None and conv.pads and conv.padding_mode == "zeros":
-        with pytest.raises(AlgebraError, match="shift before zero padding"):
-            conv.after(norm)
-        candidate = Taps.of(conv) @ Taps.of(norm.as_conv(conv.in_channels, conv.dimensions))
-        xs = list(inputs(conv.in_channels, conv.dimensions, [conv], count=remainders(conv)))
-        assert not holds_everywhere(candidate, chain(norm, conv), xs)
-    else:
-        fused = combine(Conv.after, conv, norm)
-        check(fused, chain(norm, conv), conv.in_channels, conv.dimensions, [conv])
+def test_affine_before_convolution(conv: Conv, data: st.DataObject) -> None:
+    """A scale passes every border, and a shift every border but one of zeros."""
+    sees_zeros = conv.pads and conv.padding_mode == "zeros"
+    norm = data.draw(strategies.affines(conv.in_channels, conv.axis, shift=False if sees_zeros else None))
+    fused = combine(Conv.after, conv, norm)
+    check(fused, chain(norm, conv), conv.in_channels, conv.dimensions, [conv])
+
+
+@given(st.data(), strategies.dimensions)
+def test_shift_before_zero_padding_is_refused(data: st.DataObject, space: int) -> None:
+    sides = data.draw(st.sampled_from([(1, 0), (0, 1), (2, 1)]))
+    conv = data.draw(strategies.convs(space, padding=[(0, 0)] * (space - 1) + [sides]))
+    norm = data.draw(strategies.affines(conv.in_channels, conv.axis, shift=True))
+    refuses("shift before zero padding", Conv.after, conv, norm)
+    candidate = Taps.of(conv) @ Taps.of(norm.as_conv(conv.in_channels, space))
+    xs = list(inputs(conv.in_channels, space, [conv], count=remainders(conv)))
+    assert not holds_everywhere(candidate, chain(norm, conv), xs)
 
 
 def test_a_shift_of_zeros_is_no_shift() -> None:
@@ -522,10 +540,10 @@ def test_zero_padding_is_fused_exactly_when_it_is_not_cropped_first(data: st.Dat
         (o, i) for own, more in zip(conv.padding, pad.padding, strict=True) for o, i in zip(own, more, strict=True)
     ]
     if any(own > 0 > more for own, more in pairs):
-        with pytest.raises(AlgebraError, match="the padding covers what was cropped"):
-            conv.after(pad)
+        conv = dataclasses.replace(conv, stride=(1,) * space)  # a stride might step over what was cropped
+        refuses("the padding covers what was cropped", Conv.after, conv, pad)
         one = Conv(torch.eye(conv.in_channels)[(..., *[None] * space)], padding=pad.padding)
-        xs = list(inputs(conv.in_channels, space, [pad, conv], count=remainders(conv)))
+        xs = list(inputs(conv.in_channels, space, [pad, conv], count=5))
         assert not holds_everywhere(Taps.of(conv) @ Taps.of(one), chain(pad, conv), xs)
     else:
         check(combine(Conv.after, conv, pad), chain(pad, conv), conv.in_channels, space, [pad, conv])
@@ -686,7 +704,13 @@ def test_a_sequence_is_refused_exactly_when_it_is_no_convolution() -> None:
 def check_sum(terms: Sequence[Operator]) -> Conv:
     conv = next(term for term in terms if isinstance(term, Conv))
     fused = combine(lambda *operands: parallel(operands), *terms)
+    outline = combine(lambda *operands: parallel(operands, outline=True), *terms)
     assert isinstance(fused, Conv)
+    assert isinstance(outline, Conv)
+    for name, value in vars(fused).items():
+        shown = getattr(outline, name)
+        assert shown.shape == value.shape if isinstance(value, Tensor) else shown == value
+    assert outline.weight.untyped_storage().nbytes() == torch.float64.itemsize
     check(fused, total(*terms), conv.in_channels, conv.dimensions, *([term] for term in terms))
     return fused
 
@@ -815,6 +839,16 @@ def test_diverse_branch_block() -> None:
     assert fused.padding == ((1, 1), (1, 1))
 
 
+@given(st.data(), strategies.dimensions, st.sampled_from((-2.5, 0.0, 0.5, 3.0)))
+def test_scaled_pool(data: st.DataObject, space: int, factor: float) -> None:
+    pool = data.draw(strategies.pools(space))
+    scaled = combine(lambda p: p.scaled(factor), pool)
+    assert isinstance(scaled, AveragePool)
+    for x in inputs(2, space, [pool], count=remainders(pool)):
+        assert_same(scaled(x), factor * plain(pool, x))
+        assert_same(scaled.as_conv(2)(x), factor * plain(pool, x))
+
+
 @given(st.data(), strategies.dimensions)
 def test_pool_as_conv(data: st.DataObject, space: int) -> None:
     pool, channels = data.draw(strategies.pools(space)), data.draw(st.integers(1, 3))
@@ -827,11 +861,6 @@ def test_pool_as_conv(data: st.DataObject, space: int) -> None:
 # Refusals: the reason given, and why the refused operator would have been wrong.
 
 
-def refuses(reason: str, combinator: Callable[..., object], *operands: object) -> None:
-    with pytest.raises(AlgebraError, match=reason):
-        combinator(*operands)
-
-
 @given(st.data(), strategies.dimensions)
 def test_sum_of_different_sizes_is_refused(data: st.DataObject, space: int) -> None:
     conv = data.draw(strategies.convs(space))
@@ -840,7 +869,7 @@ def test_sum_of_different_sizes_is_refused(data: st.DataObject, space: int) -> N
     growth[axis] += data.draw(st.sampled_from((-2, -1, 1, 2)))
     shape = {"in_channels": conv.in_channels, "out_channels": conv.out_channels, "stride": conv.stride}
     other = data.draw(strategies.convs(space, growth=growth, **shape))
-    refuses("output sizes differ", parallel, [conv, other])
+    refuses_sum("output sizes differ", conv, other)
     xs = list(inputs(conv.in_channels, space, [conv], [other], count=remainders(conv)))
     assert any(plain(conv, x).shape != plain(other, x).shape for x in xs)
 
@@ -853,7 +882,7 @@ def test_sum_of_different_strides_is_refused(data: st.DataObject, space: int) ->
     stride[axis] += data.draw(st.sampled_from((1, 2)))
     shape = {"in_channels": conv.in_channels, "out_channels": conv.out_channels, "growth": conv.growth}
     other = data.draw(strategies.convs(space, stride=stride, **shape))
-    refuses("strides .* differ", parallel, [conv, other])
+    refuses_sum("strides .* differ", conv, other)
     xs = list(inputs(conv.in_channels, space, [conv], [other], count=2 * max(stride) + 1))
     assert any(plain(conv, x).shape != plain(other, x).shape for x in xs)
 
@@ -865,7 +894,7 @@ def test_sum_of_different_borders_is_refused(data: st.DataObject, space: int) ->
     padded = {"kernel_size": (3,) * space, "dilation": (1,) * space, "padding": ((1, 1),) * space}
     one = data.draw(strategies.convs(space, mode=first, **(shape | padded)))
     two = data.draw(strategies.convs(space, mode=second, **(shape | padded)))
-    refuses("padding do not merge", parallel, [one, two])
+    refuses_sum("padding do not merge", one, two)
     candidate = Taps.of(one) + Taps.of(two)
     xs = list(inputs(2, space, [one], [two]))
     assert not any(holds_everywhere(candidate.with_mode(mode), total(one, two), xs) for mode in strategies.MODES)
@@ -873,21 +902,21 @@ def test_sum_of_different_borders_is_refused(data: st.DataObject, space: int) ->
 
 def test_sum_that_broadcasts_channels_is_refused() -> None:
     narrow, wide = Conv(random_tensor((1, 4, 1), 0)), Conv(random_tensor((4, 4, 1), 1))
-    refuses("the addition broadcasts: 1 and 4 output channels", parallel, [narrow, wide])
-    refuses("the addition broadcasts", parallel, [narrow, ChannelAffine.uniform(1.0)])
+    refuses_sum("the addition broadcasts: 1 and 4 output channels", narrow, wide)
+    refuses_sum("the addition broadcasts", narrow, ChannelAffine.uniform(1.0))
     x = random_tensor((2, 4, 3), 0)
     assert total(narrow, wide)(x).shape == total(narrow, ChannelAffine.uniform(1.0))(x).shape == wide(x).shape
 
 
 def test_sum_of_operators_on_different_inputs_is_refused() -> None:
     conv = Conv(random_tensor((4, 4, 1), 0))
-    refuses("they read 4 and 2 channels", parallel, [conv, Conv(random_tensor((4, 2, 1), 0))])
-    refuses("a 1-d and a 2-d operator", parallel, [conv, Conv(random_tensor((4, 4, 1, 1), 0))])
-    refuses("a 0-d and a 1-d operator", parallel, [Linear(random_tensor((4, 4), 0)), conv])
-    refuses("a 2-d pool is no 1-d convolution", parallel, [conv, AveragePool((1, 1), (1, 1), (0, 0))])
+    refuses_sum("they read 4 and 2 channels", conv, Conv(random_tensor((4, 2, 1), 0)))
+    refuses_sum("a 1-d and a 2-d operator", conv, Conv(random_tensor((4, 4, 1, 1), 0)))
+    refuses_sum("a 0-d and a 1-d operator", Linear(random_tensor((4, 4), 0)), conv)
+    refuses_sum("a 2-d pool is no 1-d convolution", conv, AveragePool((1, 1), (1, 1), (0, 0)))
     # A norm of the last axis is not one of the channels.
     width = ChannelAffine(random_tensor((4,), 1), None, -1)
-    refuses("along axis -1, not along the channels' axis -2", parallel, [conv, width])
+    refuses_sum("along axis -1, not along the channels' axis -2", conv, width)
     x = random_tensor((2, 4, 4), 0)
     candidate = total(conv, dataclasses.replace(width, axis=-2))
     assert not same(candidate(x), total(conv, width)(x))
@@ -895,9 +924,9 @@ def test_sum_of_operators_on_different_inputs_is_refused() -> None:
 
 def test_sum_that_is_no_sum_is_refused() -> None:
     pool, pad = AveragePool((1,), (1,), (0,)), Pad(((0, 0),))
-    refuses("no convolution among the terms", parallel, [pool, pool])
-    refuses("no convolution among the terms", parallel, [pool, ChannelAffine.uniform(1.0)])
-    refuses("a padding is not a term of a sum", parallel, [pad, Conv(random_tensor((4, 4, 1), 0))])
+    refuses_sum("no convolution among the terms", pool, pool)
+    refuses_sum("no convolution among the terms", pool, ChannelAffine.uniform(1.0))
+    refuses_sum("a padding is not a term of a sum", pad, Conv(random_tensor((4, 4, 1), 0)))
 
 
 def test_affines_along_different_axes_are_refused() -> None:
@@ -951,8 +980,7 @@ def test_an_affine_of_another_axis_is_refused(data: st.DataObject, space: int) -
     refuses("not along the channels' axis", norm.as_conv, size, space)
     x = random_tensor((2, size, *[size] * space), 0)
     moved = dataclasses.replace(norm, axis=conv.axis)
-    one = dataclasses.replace(conv, weight=torch.ones(size, 1, *[1] * space), groups=size, bias=None,
-                              padding=((0, 0),) * space, dilation=())  # fmt: skip
+    one = Conv(torch.ones(size, 1, *[1] * space), groups=size)
     assert not same(one.then(moved)(x), chain(one, norm)(x))
 
 
@@ -1091,6 +1119,31 @@ def test_convolutions_that_do_not_follow_each_other_are_refused() -> None:
     refuses("a 1-d before a 2-d convolution", Conv.after, image, line)
     refuses("1 channels are broadcast to 2", Conv.after, line, Conv(random_tensor((1, 2, 1), 0)))
     refuses("a 2-d pool is no 1-d convolution", AveragePool((2, 2), (2, 2), (0, 0)).as_conv, 3, 1)
+
+
+def test_numbers_go_to_the_device_of_the_weights() -> None:
+    """An identity is made before anyone knows where the convolution beside it is."""
+    meta = torch.device("meta")
+    conv = Conv(torch.empty(4, 4, 3, 3, device=meta), padding=((1, 1),) * 2)
+    norm = ChannelAffine(torch.empty(4, device=meta), torch.empty(4, device=meta), -3)
+    double, identity, pool = (
+        ChannelAffine.uniform(2.0, 1.0),
+        ChannelAffine.uniform(1.0),
+        AveragePool((1, 1), (1, 1), (0, 0)),
+    )
+    combined = [
+        conv.scaled(2.0),
+        conv.then(double),
+        conv.after(identity),
+        norm.after(double),
+        double.after(norm),
+        parallel([double, norm]),
+        parallel([norm, double]),
+        parallel([identity, double, conv, norm, pool]),
+        double.as_conv(4, 2, device=meta),
+        pool.as_conv(4, device=meta),
+    ]
+    assert all(tensor.device == meta for tensor in tensors_of(*combined))
 
 
 # Cost: the number of torch calls does not depend on the number of channels.

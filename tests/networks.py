@@ -1,0 +1,672 @@
+"""Random small networks, and what the tests of the compiler say about them.
+
+A network is a program: a list of :class:`Step`, each of which reads earlier values. Its ``repr`` can be pasted into
+a test, so that a failure that Hypothesis found and shrank becomes a named regression test.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from strategies import divisors
+from torch import Tensor, nn
+
+import reparam
+from reparam import aliasing, capture, passes, rewrite
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator
+from reparam.verify import as_call
+from support import randomise
+
+TOLERANCE = 1e-9
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+F_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+# Helpers for tests of single rules.
+
+
+def model(forward: Callable[..., Any], **members: Any) -> nn.Module:
+    """A float64 module with the given members, lived-in statistics and ``forward(self, *inputs)``, in eval mode."""
+    made: nn.Module = type("Model", (nn.Module,), {"forward": forward})()
+    for name, member in members.items():
+        setattr(made, name, member)
+    return randomise(made.double()).eval()
+
+
+def graph_of(module: nn.Module, example_inputs: Any = None) -> reparam.Graph:
+    """The graph of a module as the rules see it, before any rewrite."""
+    captured = capture.capture(module, None if example_inputs is None else as_call(example_inputs))
+    assert captured.traced, captured.remarks
+    modules = dict(captured.root.named_modules())
+    aliasing.make_out_of_place(captured.graph, modules)
+    return reparam.Graph(captured.graph, modules)
+
+
+def rewritten(
+    module: nn.Module, rules: Sequence[reparam.Rule] | None = None, example_inputs: Any = None
+) -> tuple[str, str]:
+    """The graph as text before and after rewriting with ``rules``, every rewrite certified."""
+    graph = graph_of(module, example_inputs)
+    before = str(graph)
+    rewrite.rewrite(graph, passes.default() if rules is None else rules)
+    return before, str(graph)
+
+
+def reasons(compiled: nn.Module) -> list[str]:
+    """Why matches were refused."""
+    return [remark.message for remark in compiled.report.missed]
+
+
+def largest_error(expected: Any, actual: Any) -> float:
+    """Largest difference relative to the largest magnitude (at least 1); inf when structure, shape or type differ."""
+    a, structure = torch.utils._pytree.tree_flatten(expected)
+    b, other = torch.utils._pytree.tree_flatten(actual)
+    if structure != other or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(a, b, strict=True)):
+        return math.inf
+    errors = [((x - y).abs().max() / max(1.0, x.abs().max())).item() for x, y in zip(a, b, strict=True) if x.numel()]
+    return max(errors, default=0.0)
+
+
+def run(module: nn.Module, *inputs: Tensor) -> Any:
+    """The output in eval mode, on copies of the inputs."""
+    with torch.no_grad():
+        return module(*(x.clone() for x in inputs))
+
+
+def assert_same(module: nn.Module, compiled: nn.Module, *inputs: Tensor) -> None:
+    """Both compute the same, in float64."""
+    assert largest_error(run(module, *inputs), run(compiled, *inputs)) <= TOLERANCE
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Modules that a compiler has to leave alone.
+
+
+class DataDependent(nn.Module):
+    """Cannot be traced: asks for a number. Optionally changes its input in place."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 2.0 if float(x.detach().sum()) > 0 else 0.5
+        return x.mul_(factor) if self.in_place else x * factor
+
+
+class Block(nn.Module):
+    """A module of one's own around a layer, with a residual."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.gamma = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.inner(x)
+
+
+def one_and_a_half(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """A forward hook that changes the output."""
+    return output * 1.5
+
+
+# Programs.
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation.
+
+    Attributes:
+        kind: A key of :data:`LAYERS` or :data:`FUNCTIONS`.
+        reads: Indices of the values that it reads; value 0 is the input, value ``i + 1`` the output of step ``i``.
+        options: What the operation takes.
+    """
+
+    kind: str
+    reads: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _conv(o: dict[str, Any]) -> nn.Module:
+    options = {k: v for k, v in o.items() if k in ("stride", "padding", "dilation", "groups", "bias", "padding_mode")}
+    return CONV[len(o["kernel"])](o["channels"], o["out"], o["kernel"], **options)
+
+
+def _conv_norm(o: dict[str, Any]) -> nn.Module:
+    return nn.Sequential(_conv(o), NORM[len(o["kernel"])](o["out"]))
+
+
+def _hooked(o: dict[str, Any]) -> nn.Module:
+    layer = nn.BatchNorm1d(o["channels"]) if o["dimensions"] == 0 else NORM[o["dimensions"]](o["channels"])
+    layer.register_forward_hook(one_and_a_half)
+    return layer
+
+
+def _norm(o: dict[str, Any]) -> nn.Module:
+    return NORM[max(1, o["dimensions"])](o["channels"], affine=o.get("affine", True))
+
+
+LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "conv": _conv,
+    "conv_norm": _conv_norm,
+    "conv_function": _conv,
+    "norm": _norm,
+    "norm_function": _norm,
+    "norm_conv": lambda o: nn.Sequential(NORM[len(o["kernel"])](o["channels"]), _conv(o)),
+    "block": lambda o: Block(_conv_norm(o)),
+    "branches": lambda o: nn.ModuleList(LAYERS[kind](options) for kind, options in o["branches"]),
+    "identity": lambda o: nn.Identity(),
+    "dropout": lambda o: nn.Dropout(0.5, inplace=o.get("in_place", False)),
+    "relu": lambda o: nn.ReLU(inplace=o.get("in_place", False)),
+    "hardswish": lambda o: nn.Hardswish(inplace=o.get("in_place", False)),
+    "linear": lambda o: nn.Linear(o["channels"], o["out"], o.get("bias", True)),
+    "average_pool": lambda o: POOL[len(o["kernel"])](
+        o["kernel"], o["stride"], o["padding"], count_include_pad=o["include"]
+    ),
+    "opaque": lambda o: DataDependent(o.get("in_place", False)),
+    "hooked": _hooked,
+}  # fmt: skip
+
+
+def _sum(how: str, terms: Sequence[Tensor]) -> Tensor:
+    match how:
+        case "sum":
+            return sum(terms)
+        case "stack":
+            return torch.stack(list(terms)).sum(0)
+        case "mean":
+            return torch.stack(list(terms), 1).mean(dim=1)
+    total = terms[0]
+    for term in terms[1:]:
+        match how:
+            case "add":
+                total = total + term
+            case "right":
+                total = term + total
+            case "sub":
+                total = total - term
+            case "alpha":
+                total = torch.add(total, term, alpha=0.3)
+            case "sub_alpha":
+                total = torch.sub(term, total, alpha=2)
+            case "in_place":
+                total += term
+            case "method":
+                total = total.add_(term)
+            case "scaled":
+                total = 0.5 * (total + 3 * term)
+            case _:
+                raise AssertionError(how)
+    return total
+
+
+SUMS = ("sum", "stack", "mean", "add", "right", "sub", "alpha", "sub_alpha", "in_place", "method", "scaled")
+
+SCALARS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "mul": lambda x, c: x * c,
+    "rmul": lambda x, c: c * x,
+    "add": lambda x, c: x + c,
+    "sub": lambda x, c: x - c,
+    "rsub": lambda x, c: c - x,
+    "div": lambda x, c: x / c,
+    "mul_": lambda x, c: x.mul_(c),
+    "method": lambda x, c: x.mul(c),
+    "torch": lambda x, c: torch.sub(x, c),
+}
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "sum": lambda o, p, *xs: _sum(o["how"], xs),
+    "product": lambda o, p, x, y: x * y,
+    "gate": lambda o, p, x: x * torch.sigmoid(x.mean(o["axes"], keepdim=True)),
+    "number": lambda o, p, x: SCALARS[o["how"]](x, o["number"]),
+    "constant": lambda o, p, x: SCALARS[o["how"]](x, p),
+    "neg": lambda o, p, x: -x,
+    "over_size": lambda o, p, x: x / x.shape[-1],
+    "concat": lambda o, p, *xs: torch.cat(xs, 1),
+    "half": lambda o, p, x: x[:, : o["channels"]],
+    "chunk": lambda o, p, x: x.chunk(2, 1)[0],
+    "relu_function": lambda o, p, x: F.relu(x, inplace=o.get("in_place", False)),
+    "relu_method": lambda o, p, x: x.relu_() if o.get("in_place", False) else x.relu(),
+    "pad": lambda o, p, x: F.pad(x, o["amounts"], o["mode"], *([o["value"]] if o["mode"] == "constant" else [])),
+    "max_pool": lambda o, p, x: MAX_POOL[o["dimensions"]](x, 3, stride=1, padding=1),
+    "flatten": lambda o, p, x: x.flatten(2),
+    "view": lambda o, p, x: x.view(x.size(0), x.size(1), -1),
+    "pool_flatten": lambda o, p, x: x.mean(o["axes"]),
+    "transpose": lambda o, p, x: x.transpose(1, -1),
+    "detach": lambda o, p, x: x.detach(),
+    "clone": lambda o, p, x: x.clone(),
+}  # fmt: skip
+
+
+class Network(nn.Module):
+    """Runs a program.
+
+    Args:
+        channels: Channels of the input.
+        steps: The program.
+        outputs: Indices of the values that are returned.
+        structure: ``tensor`` (the first of them), ``tuple``, ``list`` or ``dict``.
+    """
+
+    def __init__(
+        self, channels: int, steps: Sequence[Step] = (), outputs: Sequence[int] = (-1,), structure: str = "tensor"
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.steps: list[Step] = []
+        self.layers = nn.ModuleDict()
+        self.constants = nn.ParameterDict()
+        self.outputs = tuple(outputs)
+        self.structure = structure
+        for step in steps:
+            self.append(step)
+
+    def append(self, step: Step) -> None:
+        """Add a step, and what it owns."""
+        name = str(len(self.steps))
+        with torch.random.fork_rng():
+            torch.manual_seed(len(self.steps))
+            if step.kind in LAYERS:
+                self.layers[name] = randomise(LAYERS[step.kind](step.options).double(), len(self.steps))
+            elif step.kind == "constant":
+                self.constants[name] = nn.Parameter(torch.rand(step.options["shape"], dtype=torch.float64) + 0.5)
+        self.steps.append(step)
+        self.eval()
+
+    def pop(self) -> None:
+        """Take the last step back."""
+        self.steps.pop()
+        for owner in (self.layers, self.constants):
+            if str(len(self.steps)) in owner:
+                del owner[str(len(self.steps))]
+
+    def execute(self, index: int, values: Sequence[Tensor]) -> Tensor:
+        """The output of a step."""
+        step = self.steps[index]
+        xs = [values[i] for i in step.reads]
+        if step.kind == "again":
+            return self.layers[str(step.options["layer"])](*xs)
+        if step.kind not in LAYERS:
+            constant = self.constants[str(index)] if step.kind == "constant" else None
+            return FUNCTIONS[step.kind](step.options, constant, *xs)
+        layer = self.layers[str(index)]
+        match step.kind:
+            case "conv_function":
+                geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+                return F_CONV[layer.weight.dim() - 2](*xs, layer.weight, layer.bias, *geometry)
+            case "norm_function":
+                return F.batch_norm(
+                    *xs, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.1, layer.eps
+                )
+            case "branches":
+                return _sum(step.options["how"], [branch(*xs) for branch in layer])
+        return layer(*xs)
+
+    def forward(self, x: Tensor) -> Any:
+        values = [x]
+        for index in range(len(self.steps)):
+            values.append(self.execute(index, values))
+        outputs = [values[i] for i in self.outputs]
+        match self.structure:
+            case "tensor":
+                return outputs[0]
+            case "list":
+                return outputs
+            case "dict":
+                return {f"out{i}": value for i, value in enumerate(outputs)}
+        return tuple(outputs)
+
+    def __repr__(self) -> str:
+        steps = "".join(f"\n    {step!r}," for step in self.steps)
+        return f"Network({self.channels}, [{steps}\n], {self.outputs}, {self.structure!r})"
+
+
+# Drawing them.
+
+# Steps whose layer is not simply called.
+NOT_SHARED = ("branches", "conv_function", "norm_function")
+
+kernels = st.integers(1, 3)
+
+
+@st.composite
+def conv_options(draw: st.DrawFn, dimensions: int, channels: int, *, keep: bool | None = None) -> dict[str, Any]:
+    """Geometry of a convolution on ``channels`` channels; ``keep`` asks for one that keeps the shape."""
+    keep = draw(st.booleans()) if keep is None else keep
+    axes = range(dimensions)
+    out = channels if keep else draw(st.sampled_from((channels, 2 * channels, 2, 3)))
+    kernel = tuple(draw(st.sampled_from((1, 3))) if keep else draw(kernels) for _ in axes)
+    dilation = tuple(draw(st.sampled_from((1, 1, 2))) for _ in axes)
+    options: dict[str, Any] = {
+        "channels": channels,
+        "out": out,
+        "kernel": kernel,
+        "dilation": dilation,
+        "groups": draw(st.sampled_from(divisors(math.gcd(channels, out)))),
+        "bias": draw(st.booleans()),
+    }
+    if keep:
+        options["padding"] = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+    else:
+        options["stride"] = tuple(draw(st.sampled_from((1, 1, 2))) for _ in axes)
+        options["padding"] = tuple(draw(st.integers(0, 2)) for _ in axes)
+        if draw(st.booleans()) and set(options["stride"]) == {1}:
+            options["padding"] = "same"
+    if draw(st.integers(0, 5)) == 0:
+        options["padding_mode"] = draw(st.sampled_from(("reflect", "replicate", "circular")))
+    return options
+
+
+@st.composite
+def branch_options(draw: st.DrawFn, dimensions: int, channels: int) -> dict[str, Any]:
+    """Parallel branches that keep the shape, as reparameterised networks train them."""
+    conv = conv_options(dimensions, channels, keep=True)
+    kinds = st.one_of(
+        st.tuples(st.sampled_from(("conv", "conv_norm", "norm_conv")), conv),
+        st.just(("norm", {"dimensions": dimensions, "channels": channels})),
+        st.just(("identity", {})),
+    )
+    return {"branches": draw(st.lists(kinds, min_size=2, max_size=4)), "how": draw(st.sampled_from(SUMS[:8]))}
+
+
+@st.composite
+def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Sequence[int]) -> Step:
+    """A step that reads some of the values whose shapes (one for each input size) are given."""
+    reads = draw(st.integers(max(0, len(shapes) - 3), len(shapes) - 1) | st.integers(0, len(shapes) - 1))
+    shape = shapes[reads][0]
+    dimensions, channels = len(shape) - 2, shape[1]
+    in_place = {"in_place": draw(st.booleans())}
+    alike = [i for i, other in enumerate(shapes) if other == shapes[reads]]
+    choices = [
+        "sum",
+        "sum",
+        "number",
+        "constant",
+        "activation",
+        "activation",
+        "norm",
+        "neg",
+        "nothing",
+        "opaque",
+        "over_size",
+    ]
+    choices += ["again", "again"] * bool(owners)
+    choices += ["concat", "part", "product"]
+    if dimensions >= 1:
+        choices += ["conv", "conv", "conv", "conv_norm", "branches", "branches", "block", "pool", "pad", "gate", "head"]
+        choices += ["norm_conv", "reshape"]
+    if dimensions <= 1:
+        choices += ["linear"] * 3
+    match draw(st.sampled_from(choices)):
+        case "sum":
+            terms = draw(st.lists(st.sampled_from(alike), min_size=1, max_size=3))
+            return Step("sum", (reads, *terms), {"how": draw(st.sampled_from(SUMS))})
+        case "product":
+            return Step("product", (reads, draw(st.sampled_from(alike))))
+        case "number":
+            how = draw(st.sampled_from(list(SCALARS)))
+            return Step("number", (reads,), {"how": how, "number": draw(st.sampled_from((2, 0.5, -1.0, 1, 1.0, 0.3)))})
+        case "constant":
+            per_channel = (channels, *[1] * dimensions)
+            last = (shape[-1],) if all(s[-1] == shape[-1] for s in shapes[reads]) else ()
+            form = draw(st.sampled_from([(), (1,), per_channel, (1, *per_channel), last, (1,) * len(shape)]))
+            how = draw(st.sampled_from(["mul", "rmul", "add", "sub", "rsub", "div", "mul_", "method"]))
+            return Step("constant", (reads,), {"how": how, "shape": form})
+        case "activation":
+            kinds = ("relu", "hardswish", "relu_function", "relu_method")
+            return Step(draw(st.sampled_from(kinds)), (reads,), in_place)
+        case "norm":
+            kind = draw(st.sampled_from(("norm", "norm", "norm_function", "hooked")))
+            return Step(kind, (reads,), {"dimensions": dimensions, "channels": channels})
+        case "nothing":
+            kind = draw(st.sampled_from(("identity", "dropout", "detach", "clone")))
+            return Step(kind, (reads,), in_place if kind == "dropout" else {})
+        case "opaque":
+            return Step("opaque", (reads,), in_place)
+        case "again":
+            return Step("again", (reads,), {"layer": draw(st.sampled_from(owners))})
+        case "concat":
+            around = [_around(size) for size in shapes[reads]]
+            fitting = [i for i, sizes in enumerate(shapes) if [_around(size) for size in sizes] == around]
+            return Step("concat", (reads, draw(st.sampled_from(fitting))))
+        case "part":
+            return Step(draw(st.sampled_from(("half", "chunk"))), (reads,), {"channels": (channels + 1) // 2})
+        case "conv":
+            kind = draw(st.sampled_from(("conv", "conv", "conv_function")))
+            options = draw(conv_options(dimensions, channels))
+            if kind == "conv_function":
+                options.pop("padding_mode", None)
+            return Step(kind, (reads,), options)
+        case "conv_norm" | "norm_conv" as kind:
+            return Step(kind, (reads,), draw(conv_options(dimensions, channels)))
+        case "block":
+            return Step("block", (reads,), draw(conv_options(dimensions, channels, keep=True)))
+        case "branches":
+            return Step("branches", (reads,), draw(branch_options(dimensions, channels)))
+        case "pool":
+            if draw(st.booleans()):
+                return Step("max_pool", (reads,), {"dimensions": dimensions})
+            kernel = draw(st.sampled_from((2, 3)))
+            return Step("average_pool", (reads,), {
+                "kernel": (kernel,) * dimensions,
+                "stride": draw(st.sampled_from((1, 2))),
+                "padding": draw(st.sampled_from((0, 1))),
+                "include": draw(st.booleans()),
+            })  # fmt: skip
+        case "pad":
+            amounts = [draw(st.integers(-1, 2)) for _ in range(2 * dimensions)]
+            mode = draw(st.sampled_from(("constant", "constant", "reflect", "replicate", "circular")))
+            value = draw(st.sampled_from((0.0, 0.0, 1.5)))
+            return Step("pad", (reads,), {"amounts": amounts, "mode": mode, "value": value})
+        case "neg" | "over_size" as kind:
+            return Step(kind, (reads,))
+        case "gate":
+            return Step("gate", (reads,), {"axes": tuple(range(2, len(shape)))})
+        case "head":
+            return Step("pool_flatten", (reads,), {"axes": tuple(range(2, len(shape)))})
+        case "reshape":
+            return Step(draw(st.sampled_from(("flatten", "view", "transpose"))), (reads,))
+        case "linear":
+            options = {"channels": shape[-1], "out": draw(st.integers(1, 4)), "bias": draw(st.booleans())}
+            return Step("linear", (reads,), options)
+    raise AssertionError
+
+
+def _around(shape: torch.Size) -> tuple[int, ...]:
+    """A shape without its channels."""
+    return (shape[0], *shape[2:])
+
+
+def inputs_for(channels: int, dimensions: int) -> list[Tensor]:
+    """Two batches of different sizes."""
+    return [normal(2, channels, *(7, 8)[:dimensions], seed=1), normal(3, channels, *(9, 7)[:dimensions], seed=2)]
+
+
+@st.composite
+def networks(draw: st.DrawFn, length: int = 9) -> tuple[Network, list[Tensor]]:
+    """A network and inputs of two sizes for it."""
+    dimensions = draw(st.integers(1, 2))
+    network = Network(draw(st.sampled_from((1, 2, 4))))
+    inputs = inputs_for(network.channels, dimensions)
+    runs = [[x.clone()] for x in inputs]
+    for _ in range(draw(st.integers(1, length))):
+        owners = [i for i, step in enumerate(network.steps) if step.kind in LAYERS and step.kind not in NOT_SHARED]
+        shapes = [[values[i].shape for values in runs] for i in range(len(runs[0]))]
+        step = draw(steps(shapes, owners))
+        network.append(step)
+        try:
+            with torch.no_grad():
+                # A step that does not fit (a kernel larger than its input, say) may have changed values in place.
+                results = [network.execute(len(network.steps) - 1, copy.deepcopy(values)) for values in runs]
+                ok = all(r.numel() and r.abs().max() < 1e4 and r.dim() >= 2 for r in results)
+        except (RuntimeError, ValueError):
+            ok = False
+        if not ok:
+            network.pop()
+            continue
+        with torch.no_grad():
+            for values in runs:
+                values.append(network.execute(len(network.steps) - 1, values))
+    last = len(network.steps)
+    others = draw(st.lists(st.integers(0, last), max_size=2))
+    network.outputs = (last, *others)
+    network.structure = draw(st.sampled_from(("tensor", "tuple", "list", "dict")))
+    return network, inputs
+
+
+# Single layers and sums, for the tests of single rules.
+
+
+def image(channels: int, dimensions: int, batch: int = 2) -> Tensor:
+    """An input that is large enough for every drawn layer; features for dimension 0."""
+    return normal(batch, channels, *(11, 10, 9)[:dimensions])
+
+
+@st.composite
+def layers(
+    draw: st.DrawFn,
+    dimensions: int,
+    in_channels: int,
+    out_channels: int | None = None,
+    *,
+    modes: Sequence[str] = ("zeros",),
+) -> nn.Module:
+    """Convolutions of any geometry that torch's layers have, even kernels too; nn.Linear for dimension 0."""
+    if out_channels is None:
+        out_channels = draw(st.sampled_from((1, 2, 3, 2 * in_channels, 3 * in_channels)))
+    bias = draw(st.booleans())
+    if dimensions == 0:
+        return nn.Linear(in_channels, out_channels, bias)
+    axes = range(dimensions)
+    stride = tuple(draw(st.integers(1, 3)) for _ in axes)
+    padding = tuple(draw(st.integers(0, 2)) for _ in axes)
+    same = set(stride) == {1} and draw(st.booleans())
+    return CONV[dimensions](
+        in_channels,
+        out_channels,
+        tuple(draw(st.integers(1, 4)) for _ in axes),
+        stride,
+        "same" if same else padding,
+        tuple(draw(st.integers(1, 2)) for _ in axes),
+        draw(st.sampled_from(divisors(math.gcd(in_channels, out_channels)))),
+        bias,
+        draw(st.sampled_from(modes)),
+    )
+
+
+class Constant(nn.Module):
+    """``scale * x + shift``, written as a model would write it."""
+
+    def __init__(self, scale: Tensor, shift: Tensor | None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale)
+        self.shift = None if shift is None else nn.Parameter(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale if self.shift is None else self.shift + x * self.scale
+
+
+class Functional(nn.Module):
+    """A convolution as torch's functions, padded asymmetrically by ``F.pad``."""
+
+    def __init__(self, conv: Conv) -> None:
+        super().__init__()
+        self.conv = conv
+        # A grouped matrix product is written as a dense one.
+        dense = conv.regroup(1) if conv.dimensions == 0 else conv
+        self.weight = nn.Parameter(dense.double().weight.clone())
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if conv.dimensions == 0:
+            return F.linear(x, self.weight, self.bias)
+        if any(amount for pair in conv.padding for amount in pair):
+            flat = [amount for pair in reversed(conv.padding) for amount in pair]
+            x = F.pad(x, flat, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+        convolve = F_CONV[conv.dimensions]
+        return convolve(x, self.weight, self.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def as_module(operator: Operator) -> nn.Module:
+    """An operator of the algebra as torch code."""
+    match operator:
+        case Conv():
+            return Functional(operator)
+        case ChannelAffine(is_identity=True):
+            return nn.Identity()
+        case ChannelAffine():
+            shape = [-1] + [1] * (0 if operator.axis is None else -operator.axis - 1)
+            return Constant(operator.scale.view(shape), None if operator.shift is None else operator.shift.view(shape))
+        case AveragePool(divisor=None) | AveragePool(dimensions=1):
+            return POOL[operator.dimensions](operator.kernel_size, operator.stride, operator.padding)
+        case AveragePool():
+            pool = POOL[operator.dimensions]
+            return pool(operator.kernel_size, operator.stride, operator.padding, divisor_override=operator.divisor)
+    raise AssertionError(operator)
+
+
+Plan: TypeAlias = "int | tuple[str, list[Plan]]"
+
+
+class Tree(nn.Module):
+    """A nested sum over branches that read the input, and over further inputs.
+
+    Attributes:
+        plan: The index of a branch (past the branches, of a further input), or how to combine several plans.
+    """
+
+    def __init__(self, branches: Sequence[nn.Module], plan: Plan) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.plan = plan
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._run(self.plan, x, y)
+
+    def _run(self, plan: Plan, x: Tensor, y: Tensor) -> Tensor:
+        if isinstance(plan, int):
+            # A branch is out of place, but the sum over it may not be.
+            return self.branches[plan](x) if plan < len(self.branches) else torch.relu(y)
+        how, children = plan
+        values = [self._run(child, x, y) for child in children]
+        if how == "neg":
+            return -values[0]
+        if how == "twice":
+            return values[0] + values[0]
+        return _sum(how, values)
+
+
+@st.composite
+def plans(draw: st.DrawFn, leaves: Sequence[int]) -> Plan:
+    """A tree over all leaves, each read once."""
+    hows = st.sampled_from([how for how in SUMS if how not in ("in_place", "method")])
+    around = st.sampled_from((None, None, "neg", "twice"))
+
+    def wrapped(plan: Plan) -> Plan:
+        how = draw(around)
+        return plan if how is None else (how, [plan])
+
+    nodes: list[Plan] = [wrapped(leaf) for leaf in leaves]
+    while len(nodes) > 1:
+        take = draw(st.integers(2, len(nodes)))
+        nodes = [wrapped((draw(hows), nodes[:take])), *nodes[take:]]
+        nodes = draw(st.permutations(nodes))
+    return nodes[0]

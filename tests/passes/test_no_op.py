@@ -1,0 +1,78 @@
+"""``identity(x) -> x``."""
+
+from __future__ import annotations
+
+import pytest
+import torch.nn.functional as F
+from networks import DataDependent, assert_same, image, model, rewritten, run
+from torch import nn
+
+import reparam
+from reparam.passes import RemoveNoOp
+
+
+def test_identities_go():
+    net = model(lambda s, x: s.identity(s.drop(x) * 1 + 0).relu(), identity=nn.Identity(), drop=nn.Dropout())
+    before, after = rewritten(net, [RemoveNoOp()])
+    assert before == (
+        "%0 = input x\n"
+        "%1 = identity(%0)\n"
+        "%2 = identity(%1)\n"
+        "%3 = identity(%2)\n"
+        "%4 = identity(%3)\n"
+        "%5 = relu(%4)\n"
+        "return %5"
+    )  # fmt: skip
+    assert after == (
+        "%0 = input x\n"
+        "%1 = relu(%0)\n"
+        "return %1"
+    )  # fmt: skip
+
+
+NO_OPS = {
+    "dropout": lambda s, x: F.dropout(x, 0.3, s.training),
+    "inplace dropout": lambda s, x: F.dropout2d(x, 0.3, s.training, True),
+    "plus nothing": lambda s, x: x + 0,
+    "minus nothing": lambda s, x: x - 0.0,
+    "times one": lambda s, x: 1 * x,
+    "over one": lambda s, x: x / 1,
+    "padding by nothing": lambda s, x: F.pad(x, (0, 0)),
+    "unary plus": lambda s, x: +x,
+}
+
+
+@pytest.mark.parametrize("name", NO_OPS)
+def test_what_does_nothing_launches_nothing(name):
+    net = model(lambda s, x: NO_OPS[name](s, x.relu()).sigmoid())
+    compiled = reparam.compile(net)
+    assert compiled.report.after.kernels == 2
+    assert_same(net, compiled, image(3, 2))
+
+
+def test_subtraction_from_zero_is_not_nothing():
+    net = model(lambda s, x: (0 - x).relu())
+    compiled = reparam.compile(net)
+    assert compiled.report.after.kernels == 2
+    assert_same(net, compiled, image(3, 2))
+
+
+def test_dropout_that_is_always_on_stays():
+    net = model(lambda s, x: F.dropout(x, 1.0, True))
+    compiled = reparam.compile(net)
+    assert compiled.report.fused == []
+    assert run(compiled, image(3, 2)).abs().max() == 0
+
+
+def test_value_that_untraced_python_changes_is_copied_as_before():
+    """``x * 1`` is a copy, and removing it would hand ``x`` itself to code that changes it."""
+
+    def forward(self, x):
+        x = x.relu()
+        changed = self.opaque(x * 1)
+        return x + changed
+
+    net = model(forward, opaque=DataDependent(in_place=True))
+    compiled = reparam.compile(net)
+    assert compiled.report.fused == []
+    assert_same(net, compiled, image(3, 2))

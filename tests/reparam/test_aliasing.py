@@ -1,0 +1,149 @@
+"""In-place operations: made safe where that is provably right, frozen where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from reparam.aliasing import is_in_place, make_out_of_place, restore_in_place
+from reparam.capture import capture
+from reparam.verify import compare
+
+
+class Net(nn.Module):
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = forward
+        self.act, self.drop, self.flat = nn.ReLU(inplace=True), nn.Dropout(inplace=True), nn.Flatten()
+        self.same, self.conv = nn.Identity(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def check(forward: Callable[..., Any], frozen: int) -> GraphModule:
+    """Make a model safe, count what stays in place, and compare with eager mode; the input is not changed."""
+    model = Net(forward).double().eval()
+    captured = capture(model)
+    assert captured.traced, captured.remarks
+    modules = dict(captured.modules)
+    stuck = make_out_of_place(captured.graph, modules)
+    assert len(stuck) == frozen
+    left = [node for node in captured.graph.nodes if is_in_place(node, modules)]
+    assert left == stuck
+    for path, module in modules.items():
+        if path and path not in captured.modules:
+            captured.root.add_module(path, module)
+    captured.graph.lint()
+    graph = GraphModule(captured.root, captured.graph)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        compare(model(x.clone()), graph(x.clone()), 1e-12)
+    return graph
+
+
+def several(net: Net, x: Tensor) -> Any:
+    y = net.conv(x)
+    net.act(y)
+    return y, x
+
+
+SAFE = [
+    several,
+    lambda net, x: (net.act(net.conv(x)), x),
+    lambda net, x: _then(net.conv(x), lambda y: y.mul_(2)),
+    lambda net, x: _then(net.conv(x), lambda y: F.relu(y, inplace=True)),
+    lambda net, x: _then(net.conv(x), lambda y: F.leaky_relu(y, 0.1, True)),
+    lambda net, x: _then(net.conv(x), lambda y: torch.relu_(y)),
+    lambda net, x: _then(net.conv(x), lambda y: y.__iadd__(x)),
+    lambda net, x: _then(net.same(net.conv(x)), lambda y: net.drop(y).clamp_(min=0)),
+    # torch.fx looks an attribute up where it is first used, here after the change; a view shows the same then.
+    lambda net, x: _with_view(net.conv(x), lambda y: y.mT, lambda y, v: y.add_(1)),
+    lambda net, x: _then(net.act(net.act(net.conv(x))), lambda y: net.act(y)),
+]
+FROZEN = [
+    # A view of the value is read later.
+    lambda net, x: _with_view(net.conv(x), lambda y: y.view(-1), lambda y, v: y.add_(1)),
+    lambda net, x: _with_view(net.conv(x), lambda y: net.flat(y), lambda y, v: net.act(y)),
+    lambda net, x: _with_view(net.conv(x), lambda y: y.chunk(3, 1)[0], lambda y, v: y.add_(1)),
+    lambda net, x: _with_view(net.conv(x), lambda y: y.detach(), lambda y, v: y.add_(1)),
+    lambda net, x: _with_view(net.conv(x), lambda y: y.to(torch.float64), lambda y, v: y.add_(1)),
+    lambda net, x: _with_view(net.conv(x), lambda y: y.contiguous(), lambda y, v: y.add_(1)),
+    # The value is read later, and a view of it was changed.
+    lambda net, x: _with_view(net.conv(x), lambda y: y[:, 1], lambda y, v: v.mul_(3)),
+    lambda net, x: _with_view(net.conv(x), lambda y: y.permute(1, 0, 2, 3), lambda y, v: net.act(v)),
+    # There is no twin.
+    lambda net, x: _then(net.conv(x), lambda y: y.copy_(x)),
+    lambda net, x: _then(net.conv(x), lambda y: y.zero_()),
+    lambda net, x: _then(net.conv(x), lambda y: torch.add(x, 1, out=y)),
+]
+
+
+def _then(y: Tensor, change: Callable[[Tensor], Any]) -> Any:
+    """A value, changed in place, under both of its names."""
+    return change(y), y * 2
+
+
+def _with_view(y: Tensor, look: Callable[[Tensor], Tensor], change: Callable[[Tensor, Tensor], Any]) -> Any:
+    view = look(y)
+    change(y, view)
+    return view * 2, y * 3
+
+
+@pytest.mark.parametrize("forward", SAFE)
+def test_safe(forward: Callable[..., Any]) -> None:
+    check(forward, frozen=0)
+
+
+@pytest.mark.parametrize("forward", FROZEN)
+def test_frozen(forward: Callable[..., Any]) -> None:
+    graph = check(forward, frozen=1)
+    assert any("frozen" in node.meta for node in graph.graph.nodes)
+
+
+def test_a_shared_layer_is_in_place_only_in_the_call_that_has_to_be() -> None:
+    def forward(net: Net, x: Tensor) -> Any:
+        y = net.act(net.conv(x))
+        view = x.view(-1)
+        net.act(x)
+        return y, view, net.act(net.conv(y))
+
+    graph = check(forward, frozen=1)
+    layers = [graph.get_submodule(node.target) for node in graph.graph.nodes if "act" in str(node.target)]
+    assert [layer.inplace for layer in layers] == [False, True, False]
+
+
+def test_in_place_comes_back_only_where_nobody_else_can_see_it() -> None:
+    def after(forward: Callable[..., Any]) -> bool:
+        captured = capture(Net(forward))
+        modules = dict(captured.modules)
+        make_out_of_place(captured.graph, modules)
+        assert not modules["act"].inplace
+        restore_in_place(captured.graph, modules)
+        return bool(modules["act"].inplace)
+
+    assert after(lambda net, x: net.act(net.conv(x)))
+    assert not after(lambda net, x: net.act(x))
+    assert not after(lambda net, x: net.act(net.conv(x)) + net.act(x))
+
+    def twice(net: Net, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        z = y * 2
+        return net.act(y) + z
+
+    assert not after(twice)
+
+
+def test_addition_to_a_size_is_plain_arithmetic() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        height += 1
+        return x * height
+
+    check(forward, frozen=0)

@@ -1,0 +1,544 @@
+"""The command line: what it writes, what it prints where, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+import reparam
+from reparam import cli, models, storage
+from support import randomise
+
+X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def run(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def failure(*args: object, code: int = 2) -> str:
+    """The one line on stderr of a command that fails, and prints nothing else."""
+    result = run(*args, code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.fixture(scope="module")
+def digits() -> nn.Module:
+    return randomise(models.create("repvit_digits")).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, digits: nn.Module) -> Path:
+    path = tmp_path / "digits.pth"
+    torch.save({"model": digits.state_dict(), "epoch": 3}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory, digits: nn.Module) -> Path:
+    """A deploy file, written once for all tests that only read it."""
+    folder = tmp_path_factory.mktemp("fused")
+    torch.save(digits.state_dict(), folder / "digits.pth")
+    run("fuse", folder / "digits.pth", "--quiet")
+    return folder / "digits_deploy.pth"
+
+
+def agrees(path: Path, model: nn.Module) -> bool:
+    with torch.no_grad():
+        expected, actual = model(X), storage.load(path)(X)
+    return bool((expected - actual).abs().max() <= 1e-5 * expected.abs().max())
+
+
+# --- fuse ---------------------------------------------------------------------------------------------------------
+
+
+def test_fuse_writes_beside_the_input(checkpoint: Path, digits: nn.Module) -> None:
+    before = checkpoint.read_bytes(), checkpoint.stat().st_mtime_ns
+    result = run("fuse", checkpoint)
+    output = checkpoint.with_name("digits_deploy.pth")
+    assert agrees(output, digits)
+    assert (checkpoint.read_bytes(), checkpoint.stat().st_mtime_ns) == before
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["digits.pth", "digits_deploy.pth"]
+    lines = result.stdout.splitlines()
+    report = storage.read_metadata(output)["report"]
+    assert lines[0] == f"{checkpoint} is repvit_digits"
+    for name in ("kernels", "norms", "parameters"):
+        row = next(line.split() for line in lines if line.split()[:1] == [name])
+        assert row[1:] == [f"{report['before'][name]:,}", f"{report['after'][name]:,}"]
+    assert report["after"]["norms"] == 0 < report["before"]["norms"]
+    assert "before and after: largest relative error" in result.stdout
+    assert "\x1b[" not in result.stdout
+    assert lines[-1] == f"{output}: {output.stat().st_size / 1e3:.1f} kB"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("wrap", "prefix"), [("model_ema", ""), ("state_dict", "module._orig_mod."), (None, "module.")]
+)
+def test_fuse_takes_checkpoints_as_people_have_them(
+    tmp_path: Path, digits: nn.Module, wrap: str | None, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {prefix + name: tensor for name, tensor in digits.state_dict().items()}
+    torch.save(state if wrap is None else {wrap: state, "epoch": 3}, tmp_path / "a.pt")
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(reparam, "compile", lambda model, *args, **options: compiled.append(model) or stub(model))
+    result = json.loads(run("fuse", tmp_path / "a.pt", "--json").stdout)
+    assert (result["model"], result["weights"]) == ("repvit_digits", wrap)
+    assert all(torch.equal(compiled[0].state_dict()[name], value) for name, value in digits.state_dict().items())
+
+
+def stub(model: nn.Module) -> nn.Module:
+    """Stands in for a compiled model where a test is about what went into the compiler."""
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    graph.report = reparam.explain(nn.Conv2d(1, 1, 1))
+    return graph
+
+
+def test_fuse_reads_and_writes_safetensors(tmp_path: Path, digits: nn.Module) -> None:
+    save_file(digits.state_dict(), tmp_path / "digits.safetensors")
+    result = json.loads(
+        run("fuse", tmp_path / "digits.safetensors", "-o", tmp_path / "out.safetensors", "--json").stdout
+    )
+    assert agrees(tmp_path / "out.safetensors", digits)
+    assert result["output"] == str(tmp_path / "out.safetensors")
+    assert (result["model"], result["input_shape"], result["weights"]) == ("repvit_digits", [1, 8, 8], None)
+    assert result["report"] == storage.read_metadata(tmp_path / "out.safetensors")["report"]
+    assert result["report"]["comparison"]["largest_error"] < 1e-5
+
+
+def test_fuse_exports_onnx(checkpoint: Path) -> None:
+    output = checkpoint.with_name("digits.onnx")
+    result = run("fuse", checkpoint, "-o", output)
+    assert "PyTorch and onnxruntime: largest relative error" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"{output}: opset ")
+    assert "agree: largest relative error" in run("verify", checkpoint, output).stdout
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["digits.onnx", "digits.pth"]
+
+
+def test_fuse_takes_averaged_weights(tmp_path: Path, digits: nn.Module) -> None:
+    average = randomise(models.create("repvit_digits"), seed=1).eval()
+    torch.save({"model": digits.state_dict(), "model_ema": average.state_dict()}, tmp_path / "a.pth")
+    run("fuse", tmp_path / "a.pth", "--ema", "-o", tmp_path / "ema.pth", "-q")
+    assert agrees(tmp_path / "ema.pth", average)
+    assert not agrees(tmp_path / "ema.pth", digits)
+
+
+def test_fuse_quiet_and_replacing_an_older_output(checkpoint: Path, digits: nn.Module) -> None:
+    output = checkpoint.with_name("digits_deploy.pth")
+    output.write_text("older")
+    result = run("fuse", checkpoint, "--quiet")
+    assert result.output == ""
+    assert agrees(output, digits)
+
+
+def test_fuse_without_verification(checkpoint: Path, digits: nn.Module) -> None:
+    report = json.loads(run("fuse", checkpoint, "--no-verify", "--json").stdout)["report"]
+    assert report["comparison"] is None
+    assert report["certificates"] == 0
+    assert agrees(checkpoint.with_name("digits_deploy.pth"), digits)
+    assert "before and after: not compared" in run("fuse", checkpoint, "--no-verify").stdout
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.three, self.one = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 1)
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return self.norm(self.three(x) + self.one(x) + x)
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 2)
+
+    def forward(self, x):
+        return self.table(x.argmax(1))
+
+class Python(Branches):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "their_models.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_models", raising=False)
+    import their_models  # type: ignore[import-not-found]
+
+    yield their_models
+    sys.modules.pop("their_models", None)
+
+
+def test_fuse_with_a_factory(tmp_path: Path, factory: Any) -> None:
+    model = randomise(factory.Branches()).eval()
+    torch.save(model.state_dict(), "a.pth")
+    assert "belong to no known model" in failure("fuse", "a.pth")
+    run("fuse", "a.pth", "--model", "their_models:Branches", "--input-size", "2x9x9")
+    x = torch.randn(2, 2, 7, 7)
+    loaded = storage.load("a_deploy.pth")
+    assert [type(module).__name__ for module in loaded.modules()].count("Conv2d") == 1
+    assert torch.allclose(loaded(x), model(x), atol=1e-5)
+    assert storage.read_metadata("a_deploy.pth")["input_shape"] == [2, 9, 9]
+
+
+def test_fuse_a_pickled_module(factory: Any) -> None:
+    torch.save(randomise(factory.Branches()).eval(), "a.pth")
+    assert failure("fuse", "a.pth") == (
+        "a.pth: contains pickled Python code (their_models.Branches); pass --unsafe-load only if you trust the source"
+    )
+    assert run("fuse", "a.pth", "--unsafe-load").stdout.startswith("a.pth is Branches\n")
+    assert run("verify", "a.pth", "a_deploy.pth", "--unsafe-load", "--input-size", "2x6x6").exit_code == 0
+    assert "ParallelBranches" in run("explain", "a.pth", "--unsafe-load").stdout
+
+
+def test_what_a_file_cannot_hold_is_one_sentence(factory: Any) -> None:
+    torch.save(randomise(factory.Python()).state_dict(), "a.pth")
+    reason = failure("fuse", "a.pth", "--model", "their_models:Python", "--input-size", "2x6x6")
+    assert "cannot rebuild it without its source code" in reason
+    assert not Path("a_deploy.pth").exists()
+
+
+def test_onnx_needs_an_input_shape(factory: Any) -> None:
+    torch.save(factory.Branches().state_dict(), "a.pth")
+    assert failure("fuse", "a.pth", "--model", "their_models:Branches", "-o", "a.onnx") == (
+        "their_models:Branches: give the shape of one input to export with, such as --input-size 3x224x224"
+    )
+
+
+# --- What fuse refuses --------------------------------------------------------------------------------------------
+
+
+def edited(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        payload = torch.load(path, weights_only=True)
+        change(payload["model"])
+        torch.save(payload, path)
+
+    return apply
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    "missing": (Path.unlink, [], "no such file"),
+    "empty": (lambda path: path.write_bytes(b""), [], "is empty"),
+    "text": (lambda path: path.write_text("not found " * 9), [], "is not a checkpoint"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), [], "is truncated"),
+    "missing key": (
+        edited(lambda state: state.popitem()),
+        ["--model", "repvit_digits"],
+        "1 key missing: head.head.l.bias",
+    ),
+    "extra key": (
+        edited(lambda state: state.update(extra=torch.ones(1))),
+        ["--model", "repvit_digits"],
+        "does not fit repvit_digits: 1 key unexpected: extra",
+    ),
+    "unknown": (
+        edited(lambda state: state.update(extra=torch.ones(1))),
+        [],
+        "belong to no known model; name the network",
+    ),
+    "wrong model": (lambda path: None, ["--model", "repvit_m0_6"], "its keys and shapes are those of repvit_digits"),
+    "nan": (
+        edited(lambda state: state["stem.conv1.c.weight"].fill_(float("nan"))),
+        [],
+        "1 tensor (stem.conv1.c.weight) with NaN or infinite values",
+    ),
+    "variance": (
+        edited(lambda state: state["stem.conv1.bn.running_var"].neg_()),
+        [],
+        "1 tensor (stem.conv1.bn.running_var) with negative running variances",
+    ),
+    "no average": (lambda path: None, ["--ema"], "holds no averaged (EMA) weights"),
+}
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "name"), [*(("fuse", name) for name in REFUSED), ("explain", "truncated"), ("verify", "nan")]
+)
+def test_bad_input_is_one_sentence(checkpoint: Path, name: str, subcommand: str, fused: Path) -> None:
+    change, options, reason = REFUSED[name]
+    change(checkpoint)
+    others = [fused] if subcommand == "verify" else []
+    message = failure(subcommand, checkpoint, *others, *options)
+    assert message.startswith(f"{checkpoint}: ")
+    assert reason in message
+    assert {path.name for path in checkpoint.parent.iterdir()} <= {"digits.pth"}
+
+
+def test_bad_usage(checkpoint: Path, fused: Path) -> None:
+    folder = checkpoint.parent
+    assert failure("fuse", checkpoint, "-o", folder / "a.bin").endswith("must end in .pth, .pt, .safetensors or .onnx")
+    assert failure("fuse", checkpoint, "-o", checkpoint).endswith(
+        "is the input, which is never overwritten; choose another output"
+    )
+    assert failure("fuse", checkpoint, "-o", folder / "no" / "a.pth").endswith(f"there is no folder {folder / 'no'}")
+    assert failure("fuse", checkpoint, "--model", "repvit_m0.9").startswith("there is no model named 'repvit_m0.9'")
+    assert failure("fuse", checkpoint, "--model", "none:build").startswith(
+        "--model none:build failed with ModuleNotFound"
+    )
+    assert failure("fuse", fused).endswith("is a deploy file already; load it with reparam.load")
+    for size in ("3x", "axb", "0x8x8", "-1x2x2", "3 8 8"):
+        assert (
+            failure("fuse", checkpoint, f"--input-size={size}") == f"--input-size {size} is no shape such as 3x224x224"
+        )
+    assert "does not run on the example inputs" in failure("fuse", checkpoint, "--input-size", "4x8x8")
+    for args in (["fuse"], ["fuse", "--unknown", "a"], ["nonsense"]):
+        result = run(*args, code=2)
+        assert result.stdout == ""
+        assert "Usage:" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["digits.pth"]
+
+
+def test_a_wrong_result_is_not_written(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = reparam.Comparison(0.5, 1e-4, 1)
+
+    def disagree(*args: Any, **kwargs: Any) -> nn.Module:
+        raise reparam.VerificationError("the models disagree", comparison)
+
+    monkeypatch.setattr(reparam, "compile", disagree)
+    assert failure("fuse", checkpoint, code=1) == f"{checkpoint}: the models disagree; nothing was written"
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["digits.pth"]
+
+
+def test_an_internal_error_is_one_sentence(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any, **kwargs: Any) -> nn.Module:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(reparam, "compile", crash)
+    assert failure("fuse", checkpoint, code=3) == (
+        "ZeroDivisionError: division by zero; this is a bug, --debug shows where"
+    )
+    result = run("fuse", checkpoint, "--debug", code=3)
+    assert "Traceback" in result.stderr
+    assert "in crash" in result.stderr
+
+
+# --- explain ------------------------------------------------------------------------------------------------------
+
+
+def test_explain_prints_remarks_and_writes_nothing(checkpoint: Path) -> None:
+    result = run("explain", checkpoint)
+    assert "stages.0.blocks.0.token_mixer" in result.stdout
+    assert "ParallelBranches" in result.stdout
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["digits.pth"]
+    report = json.loads(run("explain", checkpoint, "--json").stdout)["report"]
+    fused = [remark for remark in report["remarks"] if remark["kind"] == "fused"]
+    assert f"\nfused: {len(fused)}\n" in result.stdout
+    assert all(remark["message"] in result.stdout for remark in fused)
+
+
+def test_explain_says_what_was_missed_and_kept(factory: Any) -> None:
+    torch.save(factory.Python().state_dict(), "a.pth")
+    result = run("explain", "a.pth", "--model", "their_models:Python", "--input-size", "2x6x6")
+    assert "\ncapture: 1\n  (model): not traceable" in result.stdout
+    report = json.loads(run("explain", "a.pth", "--model", "their_models:Python", "--json").stdout)["report"]
+    assert any(remark["kind"] == "capture" for remark in report["remarks"])
+
+
+def test_explain_a_deploy_file(fused: Path, tmp_path: Path) -> None:
+    result = run("explain", fused)
+    assert result.stdout.startswith(f"{fused}: repvit_digits\n")
+    assert "ParallelBranches" in result.stdout
+    storage.save(torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), tmp_path / "a.pth")
+    assert failure("explain", tmp_path / "a.pth").endswith("was saved without a report of its compilation")
+
+
+def test_square_brackets_are_no_markup(tmp_path: Path, digits: nn.Module) -> None:
+    (tmp_path / "[red]").mkdir()
+    torch.save(digits.state_dict(), tmp_path / "[red]" / "[bold].pth")
+    assert str(tmp_path / "[red]" / "[bold].pth") in run("fuse", tmp_path / "[red]" / "[bold].pth").stdout
+
+
+# --- verify -------------------------------------------------------------------------------------------------------
+
+
+def test_verify_a_checkpoint_and_its_deploy_file(checkpoint: Path, fused: Path, tmp_path: Path) -> None:
+    assert run("verify", checkpoint, fused).stdout.startswith(f"{checkpoint} and {fused} agree: largest relative error")
+    result = json.loads(run("verify", fused, checkpoint, "--json").stdout)
+    assert result["agree"] is True
+    assert result["largest_error"] <= result["tolerance"] == 1e-4
+    assert run("verify", fused, fused, "--quiet").output == ""
+    message = failure("verify", checkpoint, fused, "--tolerance", "1e-12", code=1)
+    assert message.startswith(f"{checkpoint} and {fused} disagree: largest relative error")
+
+
+def test_verify_finds_another_network(checkpoint: Path, tmp_path: Path) -> None:
+    other = randomise(models.create("repvit_digits"), seed=1)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    assert "disagree: largest relative error" in failure("verify", checkpoint, tmp_path / "other.pth", code=1)
+    result = run("verify", checkpoint, tmp_path / "other.pth", "--json", code=1)
+    assert json.loads(result.stdout)["agree"] is False
+    torch.save(models.create("repvit_m0_6").state_dict(), tmp_path / "big.pth")
+    assert failure("verify", checkpoint, tmp_path / "big.pth", code=1) == (
+        "repvit_digits takes inputs of 1x8x8, and repvit_m0_6 of 3x224x224"
+    )
+    assert "do not fit" in failure("verify", checkpoint, checkpoint, "--input-size", "3x8x8")
+
+
+def test_verify_weights_that_were_fused_elsewhere(checkpoint: Path, fused: Path, tmp_path: Path) -> None:
+    state = storage.load(fused).state_dict()
+    torch.save(state, tmp_path / "bare.pth")
+    assert "agree" in run("verify", checkpoint, tmp_path / "bare.pth").stdout
+    name = next(iter(state))
+    torch.save({**state, name: state[name] * 2}, tmp_path / "bare.pth")
+    assert "disagree" in failure("verify", checkpoint, tmp_path / "bare.pth", code=1)
+    state.pop(name)
+    torch.save(state, tmp_path / "bare.pth")
+    assert "it may be fused already" in failure("verify", checkpoint, tmp_path / "bare.pth")
+    assert "no such file" in failure("verify", tmp_path / "none.pth", tmp_path / "bare.pth")
+
+
+# --- models, help, version ----------------------------------------------------------------------------------------
+
+
+def test_models_lists_all_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(run("models", "--json").stdout)
+    assert [row["name"] for row in rows] == models.names()
+    monkeypatch.setattr(models.registry, "names", lambda: ["repvit_digits", "repvit_m0_6"])
+    text = run("models").stdout
+    for row in rows:
+        shown = f"{row['name']} " in text and f"{row['parameters']:,}" in text and row["paper"] in text
+        assert shown == (row["name"] in ("repvit_digits", "repvit_m0_6"))
+    digits = next(row for row in rows if row["name"] == "repvit_digits")
+    assert digits["parameters"] == sum(p.numel() for p in models.create("repvit_digits").parameters())
+    assert digits["input_shape"] == [1, 8, 8]
+
+
+def test_help_and_version() -> None:
+    assert run("--version").stdout == f"reparam {reparam.__version__}\n"
+    assert "Exit codes: 0 done, 1 outputs disagree, 2 bad usage" in " ".join(run("--help").stdout.split())
+    for name in ("fuse", "explain", "verify", "models"):
+        assert name in run("--help").stdout
+        assert "Usage:" in run(name, "-h").stdout
+
+
+# --- The progress bar ---------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_appears_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_PATIENCE", 0.05)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with cli._Bar() as bar:
+        bar(3, 10, "stages.0 [conv]")
+        deadline = time.monotonic() + 10
+        while "stages.0 [conv]" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert "stages.0 [conv]" in terminal.getvalue()
+    assert threads_of_the_bar() == 0
+
+
+@pytest.mark.parametrize(("stream", "quiet"), [(io.StringIO, False), (Terminal, True)])
+def test_no_bar_where_nobody_looks(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], quiet: bool) -> None:
+    monkeypatch.setattr(cli, "_PATIENCE", 0.01)
+    monkeypatch.setattr(sys, "stderr", output := stream())
+    with cli._Bar(quiet) as bar:
+        bar(1, 2, "work")
+        time.sleep(0.1)
+    assert output.getvalue() == ""
+
+
+def test_no_bar_for_what_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_PATIENCE", 60.0)
+    monkeypatch.setattr(sys, "stderr", output := Terminal())
+    with cli._Bar() as bar:
+        bar(1, 2, "work")
+    assert output.getvalue() == ""
+    assert threads_of_the_bar() == 0
+
+
+def threads_of_the_bar() -> int:
+    import threading
+
+    return sum(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
+# --- Real processes -----------------------------------------------------------------------------------------------
+
+# Writes half a file and waits to be killed.
+HANGING = """
+import sys, time
+import reparam, torch
+from reparam import cli, storage
+
+def hang(path, *rest):
+    path.write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(120)
+
+storage._write_pickle = hang
+reparam.compile = lambda model, *args, **options: torch.fx.symbolic_trace(torch.nn.ReLU())
+sys.argv = ["reparam", "fuse", sys.argv[1]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "error: interrupted\n"),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+    ],
+)
+def test_an_interrupted_run_leaves_no_half_file(checkpoint: Path, number: int, code: int, message: str) -> None:
+    output = checkpoint.with_name("digits_deploy.pth")
+    output.write_text("older")
+    before = checkpoint.read_bytes()
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors == message
+    assert output.read_text() == "older"
+    assert checkpoint.read_bytes() == before
+    left = {path.name for path in checkpoint.parent.iterdir()} - {"digits.pth", "digits_deploy.pth"}
+    if number == signal.SIGKILL:  # which no process can clean up after; the rest hides under a temporary name
+        assert all(name.startswith(".digits_deploy.") and ".tmp" in name for name in left)
+    else:
+        assert left == set()
+
+
+def test_a_reader_may_stop_reading(fused: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head -1` does, sooner or later
+    command = [sys.executable, "-m", "reparam", "explain", str(fused)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
