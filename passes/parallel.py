@@ -149,7 +149,7 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
     """Why the terms do not become one operator, or None when they should."""
     if all(term.is_bare for term in cluster):
         return None
-    reading = sorted(term.node for term in cluster if not term.is_bare) + [node]
+    reading = [*sorted(term.node for term in cluster if not term.is_bare), node]
     if graph.is_changed_between(cluster[0].source, reading[0], reading[-1]):
         return "their input may be changed in place between them"
     for term in cluster:

@@ -338,7 +338,7 @@ class Conv:
 
     def _on(self, lattice: Sequence[_Lattice]) -> Tensor:
         """The weight spread over a lattice of taps that contains its own, zero elsewhere."""
-        if all(own.same_taps(taps) for own, taps in zip(self._lattices, lattice, strict=True)):
+        if self.kernel_size == tuple(taps.count for taps in lattice):
             return self.weight
         weight = self.weight.new_zeros(*self.weight.shape[:2], *(taps.count for taps in lattice))
         weight[_within(self._lattices, lattice)] = self.weight
@@ -604,7 +604,7 @@ def _numbers(
         weight.mul_(first.gain.view(-1, *[1] * (weight.dim() - 1)))
     for conv in convs[1:]:
         weight[_within(conv._lattices, lattice)] += conv.regroup(groups).kernel
-    return weight, reduce(torch.add, map(_double, biases)) if biases else None
+    return weight, reduce(torch.add, biases) if biases else None
 
 
 def _check_parallel(a: Conv, b: Conv) -> None:
@@ -657,9 +657,6 @@ class _Lattice:
 
     def moved(self, distance: int) -> _Lattice:
         return _Lattice(self.first + distance, self.step, self.count)
-
-    def same_taps(self, other: _Lattice) -> bool:
-        return (self.first, self.last, self.count) == (other.first, other.last, other.count)
 
     def padding(self, growth: int) -> tuple[int, int]:
         """Padding that puts the first tap where it is, and makes the output ``growth`` larger than the input."""

@@ -99,6 +99,7 @@ def trace(root: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, Any]
         state.restore(modules.values())
         root.__dict__.update(tracer.constants)
     graph.owning_module = None
+    facts.settle_inputs(graph.nodes, modules)
     # A graph module is unpickled by tracing its code, for which torch's own tracer will do.
     graph._tracer_cls = None
     for node in graph.nodes:

@@ -269,7 +269,7 @@ def _from_timm(checkpoint: Checkpoint, name: str) -> Network:
     try:
         model = timm.create_model(name, pretrained=False, **options)
     except Exception as error:
-        raise ModelError(f"timm could not build {name} with {options}: {_first_line(error)}") from error
+        raise ModelError(f"timm could not build {name} with {options}: {first_line(error)}") from error
     load_into(model, checkpoint, name=f"timm:{name}")
     return Network(model, f"timm:{name}", _with_channels(_declared_shape(model), options.get("in_chans")))
 
@@ -285,7 +285,7 @@ def _import_timm() -> Any:
             raise
         raise ModelError(
             f"timm cannot be imported because torchvision was built for another PyTorch than {torch.__version__} "
-            f"({_first_line(error)}); install both from the same index, for example pip install --force-reinstall "
+            f"({first_line(error)}); install both from the same index, for example pip install --force-reinstall "
             "torch torchvision --index-url https://download.pytorch.org/whl/cpu"
         ) from error
     return timm
@@ -303,7 +303,7 @@ def _from_factory(checkpoint: Checkpoint, spec: str) -> Network:
     except ReparamError:
         raise
     except Exception as error:
-        raise ModelError(f"--model {spec} failed with {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"--model {spec} failed with {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"--model {spec} returned a {type(model).__name__}, not a torch.nn.Module")
     load_into(model, checkpoint, name=spec)
@@ -358,7 +358,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Copied, because kernels round differently on memory that is not aligned, as it is inside the file.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: is truncated or no safetensors file: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: is truncated or no safetensors file: {first_line(error)}") from error
 
 
 def _read_pickle(path: Path, unsafe: bool) -> object:
@@ -375,7 +375,7 @@ def _read_pickle(path: Path, unsafe: bool) -> object:
         raise CheckpointError(f"{path}: {_why_not_unpickled(str(error))}") from error
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: was pickled with code that cannot be imported here ({_first_line(error)}); run where that code "
+            f"{path}: was pickled with code that cannot be imported here ({first_line(error)}); run where that code "
             "is on PYTHONPATH, or save model.state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
@@ -483,5 +483,6 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits into a sentence of ours."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

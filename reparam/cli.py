@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
 
@@ -149,14 +150,14 @@ def fuse(
     output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
     if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
         raise ReparamError(f"{output}: the output must end in .pth, .pt, .safetensors or .onnx")
-    shape = _parse_shape(input_size)
+    how = _Reading(model, _parse_shape(input_size), unsafe_load, ema)
     with _Bar(quiet) as bar:
         import reparam
         from reparam.storage import check_destination
 
-        source = _read(checkpoint, unsafe_load, ema)
+        source = _read(checkpoint, how)
         check_destination(output, never=(checkpoint,))
-        network = _resolve(source, model, shape)
+        network = _resolve(source, how)
         inputs = _example(network.input_shape)
         if output.suffix == ".onnx" and inputs is None:
             _ask_for_shape(network.name, "export")
@@ -190,18 +191,18 @@ def explain(
 
     For a deploy file: what was fused when it was made.
     """
-    shape = _parse_shape(input_size)
+    how = _Reading(model, _parse_shape(input_size), unsafe_load, ema)
     with _Bar() as bar:
         import reparam
 
-        metadata = _deploy_metadata(checkpoint, unsafe_load)
+        metadata = _deploy_metadata(checkpoint, how)
         if metadata is not None:
             if "report" not in metadata:
                 raise ReparamError(f"{checkpoint}: was saved without a report of its compilation")
             about, report = {"input": str(checkpoint), "model": metadata.get("model")}, metadata["report"]
         else:
-            source = _read(checkpoint, unsafe_load, ema)
-            network = _resolve(source, model, shape)
+            source = _read(checkpoint, how)
+            network = _resolve(source, how)
             bar(None, None, f"compiling {network.name}")
             about = _about(checkpoint, source, network)
             report = reparam.explain(network.model, _example(network.input_shape)).to_dict()
@@ -230,13 +231,13 @@ def verify(
 
     A state dict that was fused elsewhere is compared as well, when its names are those of the other file's deploy form.
     """
-    shape = _parse_shape(input_size)
+    how = _Reading(model, _parse_shape(input_size), unsafe_load, ema)
     with _Bar(quiet) as bar:
         import reparam
 
-        sides = _open_sides((first, second), model, shape, unsafe_load, ema)
+        sides = _open_both((first, second), how)
         bar(None, None, "comparing")
-        inputs = _shared_inputs(sides, shape)
+        inputs = _shared_inputs((first, second), sides, how.shape)
         reference, other = (side.model for side in sides)
         if ".onnx" in (first.suffix, second.suffix):
             from reparam.export import Flat
@@ -253,7 +254,9 @@ def verify(
                 f"inputs of {_shape_text(inputs.shape)} do not fit {first} or {second}: {error}"
             ) from error
     if as_json:
-        _print_json({"a": str(first), "b": str(second), "agree": agree, **asdict(comparison)})
+        error_or_null = comparison.largest_error if math.isfinite(comparison.largest_error) else None
+        measured = {**asdict(comparison), "largest_error": error_or_null}
+        _print_json({"a": str(first), "b": str(second), "agree": agree, **measured})
     elif agree and not quiet:
         print(f"{first} and {second} agree: {comparison}")
     if not agree:
@@ -286,15 +289,32 @@ def models(as_json: Json = False, debug: Debug = False) -> None:
 # --- Files and models ---------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, unsafe: bool, ema: bool) -> Checkpoint:
+@dataclass(frozen=True)
+class _Reading:
+    """How the user wants files to be read."""
+
+    model: str | None
+    shape: tuple[int, ...] | None
+    unsafe: bool
+    ema: bool
+
+
+def _read(path: Path, how: _Reading) -> Checkpoint:
     from reparam import checkpoint
 
-    found = checkpoint.read(path, unsafe=unsafe, ema=ema)
+    found = checkpoint.read(path, unsafe=how.unsafe, ema=how.ema)
     checkpoint.check_values(found)
     return found
 
 
-def _deploy_metadata(path: Path, unsafe: bool) -> dict[str, Any] | None:
+def _resolve(source: Checkpoint, how: _Reading) -> Network:
+    from reparam.checkpoint import resolve
+
+    network = resolve(source, how.model)
+    return network if how.shape is None else replace(network, input_shape=how.shape)
+
+
+def _deploy_metadata(path: Path, how: _Reading) -> dict[str, Any] | None:
     """What is stored beside the model in a deploy file; None when the file is something else."""
     from reparam.errors import CheckpointError
     from reparam.storage import read_metadata
@@ -302,40 +322,32 @@ def _deploy_metadata(path: Path, unsafe: bool) -> dict[str, Any] | None:
     try:
         return read_metadata(path)
     except CheckpointError:
-        if unsafe:  # then it may be a pickle, which no deploy file is
+        if how.unsafe:  # then it may be a pickle, which no deploy file is
             return None
         raise
 
 
-def _resolve(source: Checkpoint, spec: str | None, shape: tuple[int, ...] | None) -> Network:
-    from dataclasses import replace
-
-    from reparam.checkpoint import resolve
-
-    network = resolve(source, spec)
-    return network if shape is None else replace(network, input_shape=shape)
-
-
-def _open_sides(
-    paths: tuple[Path, Path], spec: str | None, shape: tuple[int, ...] | None, unsafe: bool, ema: bool
-) -> list[Network]:
+def _open_both(paths: tuple[Path, Path], how: _Reading) -> list[Network]:
     """Both files as models; one may be a bare state dict of the other's deploy form."""
-    sides: list[Network | ReparamError] = []
-    for path in paths:
-        try:
-            sides.append(_open(path, spec, shape, unsafe, ema))
-        except ReparamError as error:
-            sides.append(error)
-    for index, side in enumerate(sides):
-        other = sides[1 - index]
-        if isinstance(side, ReparamError):
-            if isinstance(other, ReparamError):
-                raise sides[0] if isinstance(sides[0], ReparamError) else side
-            sides[index] = _as_deploy_form(paths[index], other, side, unsafe, ema)
-    return [side for side in sides if not isinstance(side, ReparamError)]
+    match [_open_or_error(path, how) for path in paths]:
+        case [ReparamError() as error, ReparamError()]:
+            raise error
+        case [ReparamError() as error, other]:
+            return [_as_deploy_form(paths[0], other, how, error), other]
+        case [other, ReparamError() as error]:
+            return [other, _as_deploy_form(paths[1], other, how, error)]
+        case both:
+            return both
 
 
-def _open(path: Path, spec: str | None, shape: tuple[int, ...] | None, unsafe: bool, ema: bool) -> Network:
+def _open_or_error(path: Path, how: _Reading) -> Any:
+    try:
+        return _open(path, how)
+    except ReparamError as error:
+        return error
+
+
+def _open(path: Path, how: _Reading) -> Network:
     from reparam import storage
     from reparam.checkpoint import Network
 
@@ -344,19 +356,20 @@ def _open(path: Path, spec: str | None, shape: tuple[int, ...] | None, unsafe: b
 
         session = OnnxModel(path)
         return Network(session, path.name, session.input_shape)
-    metadata = _deploy_metadata(path, unsafe)
+    metadata = _deploy_metadata(path, how)
     if metadata is not None:
         return Network(storage.load(path), path.name, tuple(metadata.get("input_shape") or ()) or None)
-    return _resolve(_read(path, unsafe, ema), spec, shape)
+    return _resolve(_read(path, how), how)
 
 
-def _as_deploy_form(path: Path, other: Network, failure: ReparamError, unsafe: bool, ema: bool) -> Network:
+def _as_deploy_form(path: Path, other: Network, how: _Reading, failure: ReparamError) -> Network:
+    """The weights in ``path`` as those of the compiled ``other``; raises ``failure`` when they are not."""
     import reparam
     from reparam import checkpoint
 
     try:
-        deploy = reparam.compile(other.model)
-        checkpoint.load_into(deploy, _read(path, unsafe, ema), name=f"the deploy form of {other.name}")
+        deploy = reparam.compile(other.model, verify=False)  # the comparison comes next
+        checkpoint.load_into(deploy, _read(path, how))
     except ReparamError:
         raise failure from None
     return checkpoint.Network(deploy, path.name, other.input_shape)
@@ -383,16 +396,16 @@ def _example(shape: tuple[int, ...] | None, batch: int = 1) -> Any:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _shared_inputs(sides: list[Network], shape: tuple[int, ...] | None) -> Tensor:
+def _shared_inputs(paths: tuple[Path, Path], sides: list[Network], shape: tuple[int, ...] | None) -> Tensor:
     """Random inputs that both models say they take."""
     first, second = (side.input_shape for side in sides)
     if shape is None and first and second and first != second:
         raise VerificationError(
-            f"{sides[0].name} takes inputs of {_shape_text(first)}, and {sides[1].name} of {_shape_text(second)}"
+            f"{paths[0]} takes inputs of {_shape_text(first)}, and {paths[1]} of {_shape_text(second)}"
         )
     known = shape or first or second
     if known is None:
-        _ask_for_shape(f"{sides[0].name} and {sides[1].name}", "compare")
+        _ask_for_shape(f"{paths[0]} and {paths[1]}", "compare")
     batches = (getattr(side.model, "fixed_batch", None) for side in sides)  # an ONNX model may take one size only
     inputs: Tensor = _example(known, next(filter(None, batches), 2))
     return inputs
@@ -468,10 +481,10 @@ def _print_remarks(title: str, report: dict[str, Any]) -> None:
     console = _console()
     console.print(title)
     console.print(_counts_table(report))
-    for kind, heading in (("capture", "capture"), ("fused", "fused"), ("missed", "left as it is")):
+    for kind in ("capture", "fused", "missed"):
         remarks = [remark for remark in report["remarks"] if remark["kind"] == kind]
         if remarks:
-            print(f"\n{heading}: {len(remarks)}")
+            print(f"{kind}: {len(remarks)}")
         for remark in remarks:
             print(f"  {remark['where'] or '(model)'}: {remark['message']} [{remark['rule']}]")
 

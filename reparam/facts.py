@@ -11,6 +11,7 @@ Convolutions are taken to read batches: ``(N, C, L)``, ``(N, C, H, W)``, ``(N, C
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -42,9 +43,9 @@ _KEEP_RANK = frozenset(
     upsample""".split()
 )
 _KEEP_SHAPE = frozenset(
-    """abs alpha_dropout batch_norm celu clamp clone contiguous detach dropout dropout2d elu exp gelu group_norm hardsigmoid
-    hardswish hardtanh layer_norm leaky_relu log_softmax mish neg relu relu6 selu sigmoid silu softmax softplus
-    tanh""".split()
+    """abs alpha_dropout batch_norm celu clamp clone contiguous detach dropout dropout2d elu exp gelu group_norm
+    hardsigmoid hardswish hardtanh layer_norm leaky_relu log_softmax mish neg relu relu6 selu sigmoid silu softmax
+    softplus tanh""".split()
 )
 _KEEP_SHAPE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.PReLU,
@@ -62,9 +63,10 @@ _INTEGERS = frozenset(
 CONVERSIONS = frozenset("bfloat16 double float half to type type_as".split())
 # Methods of a tensor that return one, beside those above.
 _TENSOR_METHODS = frozenset(
-    """amax amin bmm expand expand_as flatten matmul mean movedim narrow permute repeat reshape squeeze std sum unflatten
-    unsqueeze var view view_as""".split()
+    """amax amin bmm expand expand_as flatten matmul mean movedim narrow permute repeat reshape squeeze std sum
+    unflatten unsqueeze var view view_as""".split()
 )
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _SEVERAL = frozenset("chunk split split_with_sizes unbind tensor_split topk sort".split())
 _METADATA_METHODS = frozenset("size dim ndimension numel stride is_floating_point element_size get_device".split())
 _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad layout is_sparse names".split())
@@ -252,6 +254,31 @@ def is_floating(node: Node) -> bool:
         return True
     tensors = [source for source in node.all_input_nodes if source.meta.get("kind") == "tensor"]
     return name not in _INTEGERS and (not tensors or any(source.meta.get("floating", True) for source in tensors))
+
+
+def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
+    """Decide which inputs may be of integers where no example shows it.
+
+    Inputs are taken to be of floating-point numbers, with two exceptions: what arithmetic turns into indices, and
+    images that are divided (``image / 255``) before any layer has read them.
+    """
+    for node in nodes:
+        if node.op == "placeholder" and "dtype" not in node.meta:
+            read_by_layer = any(isinstance(modules.get(str(reader.target)), _LAYERS) for reader in node.users)
+            divided = any(target_name(reader) in ("truediv", "div", "divide") for reader in node.users)
+            node.meta["floating"] = read_by_layer or not (divided or _becomes_index(node, modules))
+        elif node.op in ("call_function", "call_method"):
+            node.meta["floating"] = is_floating(node)
+
+
+def _becomes_index(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether arithmetic on a value ends in a table look-up."""
+    return any(
+        isinstance(modules.get(str(reader.target)), (nn.Embedding, nn.EmbeddingBag))
+        or target_name(reader) in ("embedding", "embedding_bag", "one_hot")
+        or (target_name(reader) in _ARITHMETIC and _becomes_index(reader, modules))
+        for reader in node.users
+    )
 
 
 def keeps_shape(node: Node) -> bool:

@@ -233,7 +233,7 @@ def _conv(
 def _norm(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int
 ) -> ChannelAffine:
-    """``(x - mean) / sqrt(variance + eps) * weight + bias`` (Ioffe and Szegedy 2015, arXiv 1502.03167, in inference)."""
+    """``(x - mean) / sqrt(variance + eps) * weight + bias``: inference of Ioffe and Szegedy 2015, arXiv 1502.03167."""
     scale = torch.rsqrt(variance.detach().double() + eps)
     if weight is not None:
         scale = scale * weight.detach()
@@ -420,7 +420,7 @@ def _(input: Any, pad: Any, mode: str = "constant", value: float | None = None) 
 
 
 def _is_linear_in(x: Any) -> TypeGuard[Node]:
-    """Whether arithmetic on ``x`` is arithmetic on an activation, and not on sizes or on integers.
+    """Whether arithmetic on ``x`` is arithmetic on an activation, and not on sizes or on what may be integers.
 
     An integer becomes a float on the way (``image / 255``), which no convolution can take in.
     """
@@ -455,10 +455,10 @@ def _vector(constant: Tensor, x: Node) -> tuple[Tensor, int | None, bool]:
     axes = [i - len(shape) for i, size in enumerate(shape) if size != 1]
     if len(axes) > 1:
         raise AlgebraError(f"a constant of shape {shape} differs from place to place")
-    if len(shape) > 1 and (rank is None or len(shape) > rank):
-        # (C, 1, 1) is the usual shape of a layer scale, and cannot add axes to anything that it fits.
-        if rank is not None or constant.shape[0] == 1:
-            raise AlgebraError("the constant may add axes to its input, whose rank is unknown; pass example_inputs")
+    # (C, 1, 1) is the usual shape of a layer scale, and cannot add axes to anything that it fits.
+    adds_axes = constant.shape[:1] == (1,) if rank is None else len(shape) > rank
+    if len(shape) > 1 and adds_axes:
+        raise AlgebraError("the constant may add axes to its input, whose rank is unknown; pass example_inputs")
     if not axes:
         return constant.reshape(1), None, False
     known = x.meta.get("shape")

@@ -27,9 +27,9 @@ _ELEMENTWISE = frozenset(
 )
 _FREE_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
 _FREE_FUNCTIONS = frozenset(
-    """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as chunk
-    split split_with_sizes unbind narrow select detach dropout dropout2d alpha_dropout getitem getattr contiguous t to
-    type_as float _assert assert_is_none""".split()
+    """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as
+    chunk split split_with_sizes unbind narrow select detach dropout dropout2d alpha_dropout getitem getattr
+    contiguous t to type_as float _assert assert_is_none""".split()
 )
 
 # Kind of kernel of one call: a field of Counts, "other" for the rest, or None when nothing is launched.

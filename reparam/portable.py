@@ -127,7 +127,7 @@ def _rebuild_graph(descriptions: Iterable[Mapping[str, Data]], root: Mapping[str
         target = _rebuild_target(op, item["target"], args, root)
         # fx makes a legal and unused variable name of whatever it is given here.
         nodes[item["name"]] = graph.create_node(op, target, args, kwargs, name=_identifier(item["name"]))
-    if next(reversed(graph.nodes)).op != "output":
+    if not nodes or next(reversed(graph.nodes)).op != "output":
         raise CheckpointError("its graph has no output")
     return graph
 

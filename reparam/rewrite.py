@@ -21,7 +21,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam import facts, measure
+from reparam import aliasing, facts, measure
 from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad
 from reparam.capture import carries_hooks
 from reparam.emit import kernels_of
@@ -278,6 +278,18 @@ class Graph:
             node = self.source(node)
         return node
 
+    def remove_unused(self) -> list[Node]:
+        """Erase what nobody reads and what does nothing but return a value; returns the nodes that went."""
+        return self._erase([node for node in self.fx.nodes if not node.users])
+
+    def _is_pure(self, node: Node) -> bool:
+        """Whether running a node does nothing but return a value."""
+        if node.op == "call_module":
+            return not self.is_opaque(node) and not aliasing.is_in_place(node, self.modules)
+        # Checks that the tracer itself puts in are functions of torch.fx.
+        checks = str(getattr(node.target, "__module__", "")).startswith("torch.fx")
+        return not checks and not aliasing.is_in_place(node, self.modules) and not node.is_impure()
+
     def _erase(self, pending: list[Node]) -> list[Node]:
         """Erase nodes that nobody reads, and what only they read."""
         erased = []
@@ -285,7 +297,7 @@ class Graph:
             node = pending.pop()
             if node.users or node.graph is not self.fx or node._erased or node.op in ("placeholder", "output"):
                 continue
-            if self.is_opaque(node):
+            if not self._is_pure(node):
                 continue
             inputs = node.all_input_nodes
             self.fx.erase_node(node)
@@ -399,6 +411,9 @@ def rewrite(
         RewriteError: A rule returned a rewrite that does not make the graph cheaper.
     """
     outcome = Outcome()
+    for node in graph.remove_unused():
+        if node.op == "call_module":
+            outcome.remarks.append(Remark("capture", "Unused", graph.path(node), "its output is not used, removed"))
     total = len(graph.fx.nodes)
     missed: dict[tuple[Node, str], str] = {}
     waiting = deque(graph.fx.nodes)

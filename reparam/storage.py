@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 
 from reparam import portable
-from reparam.checkpoint import DEPLOY_FORMAT, deploy_header, read_file
+from reparam.checkpoint import DEPLOY_FORMAT, deploy_header, first_line, read_file
 from reparam.errors import CheckpointError, ExportError
 
 VERSION = 1
@@ -55,10 +56,15 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, Any] | No
     description["channels_last"] = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
     report = getattr(model, "report", None)
     about = {"report": report.to_dict()} if report is not None else {}
+    graph = json.dumps(description, allow_nan=False)
+    try:
+        portable.rebuild(json.loads(graph), tensors)  # what cannot be read back must not be written
+    except Exception as error:
+        raise ExportError(f"the graph cannot be stored: {first_line(error)}; write .onnx instead") from error
     header = {
         "format": DEPLOY_FORMAT,
         "version": str(VERSION),
-        "graph": json.dumps(description, allow_nan=False),
+        "graph": graph,
         "metadata": json.dumps({**about, **(metadata or {})}),
     }
     transient = {name for name, kind in description["constants"].items() if kind == "transient"}
@@ -96,9 +102,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> GraphModule
         model = portable.rebuild(description, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its graph is damaged ({type(error).__name__}: {error})") from error
-    return model.to(device)
+    except Exception as error:  # what a damaged description makes Python raise, PyTorch's code generator included
+        raise CheckpointError(f"{path}: its graph is damaged ({type(error).__name__}: {first_line(error)})") from error
+    return _on(model, torch.device(device))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -208,9 +214,19 @@ def _read(path: Path) -> tuple[Mapping[str, str] | None, dict[str, Tensor]]:
     return header, tensors
 
 
+def _on(model: GraphModule, device: torch.device) -> GraphModule:
+    """Move a model, and with it the devices that its graph names, such as where it makes a tensor of positions."""
+    for node in model.graph.nodes:
+        node.args, node.kwargs = map_aggregate(
+            (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+        )
+    model.recompile()
+    return model.to(device)
+
+
 def _compact(tensor: Tensor) -> Tensor:
     """A copy with a storage of its own: a view would drag all of its storage into the file."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _identity(tensor: Tensor) -> object:

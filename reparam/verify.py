@@ -7,6 +7,7 @@ room for a mistake at an edge. Whole models are compared in their own precision.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,9 +61,9 @@ def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     largest = 0.0
     for apply in applies(rewrite):
         for x in _inputs(apply.operator, apply.source):
-            expected = _evaluate_terms(graph, apply, x)
+            terms = _evaluate_terms(graph, apply, x)
             actual = apply.operator.double()(x) if isinstance(apply.operator, Conv) else apply.operator(x)
-            largest = max(largest, _check(actual, expected, where, rule))
+            largest = max(largest, _check(actual, terms, where, rule))
     for node, value in rewrite.values:
         total = value if isinstance(value, Add) else Add(((1.0, value),))
         largest = max(largest, _check_addition(graph, node, total, where, rule))
@@ -74,14 +75,9 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _evaluate_terms(graph: Graph, apply: Apply, x: Tensor) -> Tensor:
+def _evaluate_terms(graph: Graph, apply: Apply, x: Tensor) -> list[Tensor]:
     env: dict[Node, Any] = {apply.source: x}
-    total: Tensor | None = None
-    for coefficient, term in apply.terms:
-        value = coefficient * _evaluate(graph, term, env)
-        total = value if total is None else total + value
-    assert total is not None
-    return total
+    return [coefficient * _evaluate(graph, term, env) for coefficient, term in apply.terms]
 
 
 def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str) -> float:
@@ -96,19 +92,20 @@ def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str)
     env: dict[Node, Any] = {}
     for _, leaf in leaves:
         env.setdefault(leaf, torch.randn(shape, dtype=torch.float64, generator=generator))
-    expected = _evaluate(graph, node, dict(env))
-    actual = sum(coefficient * env[leaf] for coefficient, leaf in leaves)
-    assert isinstance(actual, Tensor)
-    return _check(actual, expected, where, rule)
+    terms = [coefficient * env[leaf] for coefficient, leaf in leaves]
+    return _check(_evaluate(graph, node, dict(env)), terms, where, rule)
 
 
-def _check(actual: Tensor, expected: Tensor, where: str, rule: str) -> float:
+def _check(actual: Tensor, terms: Sequence[Tensor], where: str, rule: str) -> float:
+    """Compare a value with the sum that it should be, relative to the largest term: the sum itself may cancel out."""
+    expected = functools.reduce(torch.add, terms)
+    largest = max(_magnitude(term) for term in terms)
     if actual.shape != expected.shape:
         raise VerificationError(
             f"{rule} at {where or 'the model'} would change a shape from {tuple(expected.shape)} to "
             f"{tuple(actual.shape)}; this is a defect of the rule, please report it"
         )
-    comparison = Comparison(_relative_error(expected, actual), CERTIFICATE_TOLERANCE, 1)
+    comparison = Comparison(_relative_error(expected, actual, largest), CERTIFICATE_TOLERANCE, 1)
     if not comparison.largest_error <= comparison.tolerance:
         raise VerificationError(
             f"{rule} at {where or 'the model'} would change the result ({comparison}); this is a defect of the rule, "
@@ -275,8 +272,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _relative_error(reference: Tensor, result: Tensor) -> float:
-    """Largest absolute difference over the largest magnitude; nan or inf must match in place."""
+def _magnitude(tensor: Tensor) -> float:
+    finite = torch.isfinite(tensor)
+    return tensor[finite].abs().max().item() if finite.any() else 0.0
+
+
+def _relative_error(reference: Tensor, result: Tensor, magnitude: float = 0.0) -> float:
+    """Largest absolute difference over the largest magnitude, or a given larger one; nan or inf must match in place."""
     if reference.numel() == 0:
         return 0.0
     x, y = reference.detach(), result.detach().to(reference.device)
@@ -288,6 +290,6 @@ def _relative_error(reference: Tensor, result: Tensor) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    scale = x[finite].abs().max().item()
+    scale = max(magnitude, _magnitude(x))
     difference = (x[finite] - y[finite]).abs().max().item()
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))

@@ -14,7 +14,7 @@ import reparam  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support import declare_torchvision_ops  # noqa: E402
+from support import declare_torchvision_ops
 
 declare_torchvision_ops()
 torch.set_num_threads(1)

@@ -112,9 +112,7 @@ def affines(draw: st.DrawFn, channels: int, axis: int, *, shift: bool | None = N
     """Scales, with a shift or not, for every channel or uniform."""
     count = draw(st.sampled_from((1, channels, channels)))
     shifts = draw(st.booleans()) if shift is None else shift
-    return ChannelAffine(
-        draw(tensors((count,))), draw(tensors((count,))) if shifts else None, None if count == 1 else axis
-    )
+    return ChannelAffine(draw(tensors((count,))), draw(tensors((count,))) if shifts else None, axis)
 
 
 @st.composite

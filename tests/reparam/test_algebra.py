@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pytest
 import strategies
@@ -408,6 +408,12 @@ def test_the_identity_says_so() -> None:
     assert not ChannelAffine(torch.ones(3), None, -1).is_identity
 
 
+def test_one_number_is_for_all_channels_and_expands_none() -> None:
+    number = ChannelAffine(torch.tensor([2.0]), None, -3, may_expand=True)
+    assert number.axis is None
+    assert not number.may_expand
+
+
 # One convolution, written differently.
 
 
@@ -556,6 +562,17 @@ def test_a_convolution_may_crop_what_was_padded(data: st.DataObject, space: int,
     check(combine(Conv.after, conv, pad), chain(pad, conv), conv.in_channels, space, [pad, conv])
 
 
+def assert_spans(conv: Conv, offsets: Collection[tuple[int, ...]]) -> None:
+    """The kernel is as small, and as dilated, as can be: no outermost tap is empty, and no coarser lattice fits."""
+    for axis in range(conv.dimensions):
+        along = {offset[axis] for offset in offsets}
+        first, last = min(along), max(along)
+        assert conv.padding[axis][0] == -first
+        assert conv.extent[axis] == last - first
+        step = math.gcd(*(offset - first for offset in along)) or 1
+        assert conv.kernel_size[axis] == (last - first) // step + 1
+
+
 # Convolution after convolution.
 
 
@@ -573,6 +590,7 @@ def check_sequence(outer: Conv, inner: Conv) -> Conv:
     fused = combine(Conv.after, outer, inner)
     assert isinstance(fused, Conv)
     assert fused.groups == math.gcd(outer.groups, inner.groups)
+    assert_spans(fused, (Taps.of(outer) @ Taps.of(inner)).matrices)
     check(fused, chain(inner, outer), inner.in_channels, inner.dimensions, [inner, outer])
     return fused
 
@@ -723,7 +741,6 @@ def test_sum_of_convolutions_identities_scales_and_pools(terms: list[Operator]) 
 
 @given(strategies.sums())
 def test_a_sum_has_exactly_the_taps_that_its_terms_span(terms: list[Operator]) -> None:
-    """The kernel is as small, and as dilated, as can be: no outermost tap is empty, and no coarser lattice fits."""
     fused = check_sum(terms)
     conv = next(term for term in terms if isinstance(term, Conv))
     channels, space = conv.in_channels, conv.dimensions
@@ -731,13 +748,7 @@ def test_a_sum_has_exactly_the_taps_that_its_terms_span(terms: list[Operator]) -
         term if isinstance(term, Conv) else term.as_conv(channels, space)  # type: ignore[union-attr]
         for term in terms
     ]
-    for axis in range(space):
-        offsets = {offset[axis] for term in convs for offset in Taps.of(term).matrices}
-        first, last = min(offsets), max(offsets)
-        assert fused.padding[axis][0] == -first
-        assert fused.extent[axis] == last - first
-        step = math.gcd(*(offset - first for offset in offsets)) or 1
-        assert fused.kernel_size[axis] == (last - first) // step + 1
+    assert_spans(fused, {offset for term in convs for offset in Taps.of(term).matrices})
 
 
 def repvgg(channels: int, groups: int) -> list[Operator]:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -230,6 +232,21 @@ def test_functions_methods_and_arguments_round_trip(tmp_path: Path) -> None:
     assert found["e"][2:] == (None, True, "text")
 
 
+def test_devices_follow_the_model(tmp_path: Path) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + x.new_zeros(4, device=torch.device("cpu"))
+
+    storage.save(deployed(Positions()), tmp_path / "a.pth")
+    loaded = storage.load(tmp_path / "a.pth", device="meta")
+    assert loaded(torch.ones(2, 4, device="meta")).shape == (2, 4)
+    assert loaded.layer.weight.is_meta
+
+
 def test_a_subclass_that_computes_the_same_is_stored_as_its_base(tmp_path: Path) -> None:
     class Conv(nn.Conv2d):
         def __init__(self, channels: int) -> None:
@@ -288,10 +305,14 @@ class OwnConv(nn.Conv2d):
         return super()._conv_forward(*args) * 2
 
 
-def calls(layer: nn.Module) -> GraphModule:
+def calls(layer: nn.Module, path: str = "stage.layer") -> GraphModule:
+    root = GraphModule({path: layer}, Graph())
+    root.add_submodule(path, layer)
     graph = Graph()
     graph.output(graph.call_module("stage.layer", (graph.placeholder("x"),)))
-    return GraphModule({"stage.layer": layer}, graph)
+    next(node for node in graph.nodes if node.op == "call_module").target = path
+    root._graph = graph  # without the code, which fx itself cannot generate for every path
+    return root
 
 
 def hooked(model: nn.Module) -> nn.Module:
@@ -319,6 +340,10 @@ def resized() -> nn.Module:
         (lambda: calls(patched()), r"stage.layer is a torch.nn.modules.activation.ReLU, which a file cannot rebuild"),
         (lambda: calls(hooked(nn.ReLU())), r"stage.layer carries forward hooks"),
         (lambda: hooked(calls(nn.ReLU())), r"the model carries forward hooks"),
+        (
+            lambda: calls(nn.ReLU(), 'a"b'),
+            r"the graph cannot be stored: holds the illegal module path 'a\"b'; write .onnx",
+        ),
         (lambda: calls(resized()), r"stage.layer is a Conv2d that its constructor arguments do not describe"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), r"a ParametrizedLinear is no single graph"),
         (lambda: Own(), r"a Own is no single graph"),
@@ -528,6 +553,49 @@ def test_a_damaged_graph_is_one_sentence(tmp_path: Path, name: str) -> None:
         storage.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in items for place in places(item, (*path, key)))]
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from(["", "0", "1", "x", "input_1", "torch.relu", "abs"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["node", "tuple", "dict", "slice", "float", "torch", "device"]), inner, max_size=2
+        )
+    ),
+    max_leaves=4,
+)
+
+
+@given(data=st.data())
+def test_any_edit_of_a_graph_loads_or_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    def edit(description: dict[str, Any]) -> None:
+        *way, last = data.draw(st.sampled_from(places(description)[1:]))
+        for key in way:
+            description = description[key]
+        if isinstance(description, dict) and data.draw(st.booleans()):
+            description[data.draw(st.sampled_from(["0", "op", "node", "input", "x y"]))] = description.pop(last)
+        else:
+            description[last] = data.draw(JSON)
+
+    path = write(tmp_path_factory.getbasetemp() / "edited.pth", edit)
+    try:
+        model = storage.load(path)
+    except CheckpointError as error:
+        refused = str(error)
+    else:
+        refused = f"{path}: "
+        assert isinstance(model, GraphModule)
+    assert refused.startswith(f"{path}: ")
 
 
 def test_unknown_version_says_upgrade(tmp_path: Path) -> None:
