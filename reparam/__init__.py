@@ -1,7 +1,6 @@
 """A structural-reparameterization compiler: train with branches, deploy plain convolutions.
 
-deploy = reparam.compile(model)
-print(deploy.report)
+``deploy = reparam.compile(model)``, and ``print(deploy.report)`` for what was done to it.
 """
 
 from reparam import algebra, errors, lift, passes
@@ -9,6 +8,7 @@ from reparam.compiler import compile, explain
 from reparam.errors import ReparamError, VerificationError
 from reparam.report import Comparison, Counts, Remark, Report
 from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule
+from reparam.storage import load, save
 from reparam.verify import verify
 
 __version__ = "0.1.0"
@@ -31,6 +31,8 @@ __all__ = [
     "errors",
     "explain",
     "lift",
+    "load",
     "passes",
+    "save",
     "verify",
 ]
