@@ -579,4 +579,4 @@ class _Tracer(torch.fx.Tracer):
 
 def carries_hooks(module: nn.Module) -> bool:
     """Whether something runs beside a module's forward that a fused kernel would drop."""
-    return any(getattr(module, name, None) for name in _HOOKS)
+    return any(module.__dict__.get(name) for name in _HOOKS)

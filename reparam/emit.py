@@ -6,6 +6,7 @@ This is where float64 ends: each number is rounded once, when its layer is made.
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,13 +76,12 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
     match operator:
         case Conv() if operator.dimensions == 0:
             dense = operator.regroup(1)
-            made: Any = nn.Linear(dense.in_channels, dense.out_channels, dense.bias is not None, device="meta")
+            made = _bare(nn.Linear, dense.in_channels, dense.out_channels, dense.bias is not None)
             made.weight, made.bias = cast(dense.kernel), cast(dense.bias)
         case Conv():
             padding = _own_padding(operator)
-            # On the meta device no random numbers are drawn for weights that are about to be replaced.
-            conv_layer: Any = _CONV_LAYERS[operator.dimensions]
-            made = conv_layer(
+            made = _bare(
+                _CONV_LAYERS[operator.dimensions],
                 operator.in_channels,
                 operator.out_channels,
                 operator.kernel_size,
@@ -91,7 +91,6 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
                 operator.groups,
                 operator.bias is not None,
                 operator.padding_mode if padding is not None else ZEROS,
-                device="meta",
             )
             made.weight, made.bias = cast(operator.kernel), cast(operator.bias)
         case ChannelAffine():
@@ -104,6 +103,18 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
         case _:
             raise RewriteError(f"no layer computes {type(operator).__name__}")
     return made.requires_grad_(False).eval()  # type: ignore[no-any-return]
+
+
+def _bare(cls: Any, *args: Any) -> Any:
+    """A layer without memory or initial values for the weights that it is about to be given."""
+    made: Any = _without_reset(cls)(*args, device="meta")
+    made.__class__ = cls
+    return made
+
+
+@cache
+def _without_reset(cls: Any) -> Any:
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
 
 
 def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> dict[str, Any]:
