@@ -11,6 +11,7 @@ done, so numbers are rounded once.
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from reparam import aliasing, facts, measure
@@ -210,8 +211,6 @@ class Graph:
         return node
 
     def _materialise_add(self, value: Add, replaced: Node) -> tuple[Node, list[Node]]:
-        import operator
-
         made: list[Node] = []
         terms = []
         for coefficient, term in value.terms:
@@ -249,8 +248,8 @@ class Graph:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
             new += made
-            for absorbed, operator in twins.items():
-                twin = next((new for new in made if new.target is operator), None) or self._surviving(absorbed, twins)
+            for absorbed, fused in twins.items():
+                twin = next((new for new in made if new.target is fused), None) or self._surviving(absorbed, twins)
                 for reader in [reader for reader in absorbed.users if facts.reads_only_metadata(reader)]:
                     reader.replace_input_with(absorbed, twin)
             node.replace_all_uses_with(result)
@@ -529,6 +528,3 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
             if isinstance(graph.op(reader), Sum) and len(reader.users) == 1:
                 pending.extend(reader.users)
     return sorted(found)
-
-
-__all__ = ["Add", "Apply", "Graph", "Missed", "Outcome", "Rewrite", "Rule", "Tensor", "rewrite"]
