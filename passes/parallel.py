@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from reparam.algebra import AveragePool, ChannelAffine, Conv, parallel
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, parallel
 from reparam.emit import kernels_of
 from reparam.errors import AlgebraError
 from reparam.lift import Sum
@@ -25,7 +25,7 @@ class _Term:
 
     coefficient: float
     node: Node
-    operator: Conv | ChannelAffine | AveragePool
+    operator: AnyConv | ChannelAffine | AveragePool
     source: Node
 
     @property
@@ -114,7 +114,7 @@ def _reads(node: Node, graph: Graph) -> Iterator[tuple[Node, Node]]:
 
 def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
     operator = graph.op(node)
-    if isinstance(operator, (Conv, ChannelAffine, AveragePool)) and len(graph.readers(node)) == 1:
+    if isinstance(operator, AnyConv | ChannelAffine | AveragePool) and len(graph.readers(node)) == 1:
         return _Term(coefficient, node, operator, graph.source(node))
     return _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
 
@@ -135,7 +135,7 @@ def _merge(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str])
 
 
 def _size(term: _Term) -> int:
-    return term.operator.multiply_adds if isinstance(term.operator, Conv) else -term.is_bare
+    return term.operator.multiply_adds if isinstance(term.operator, AnyConv) else -term.is_bare
 
 
 def _value(cluster: list[_Term]) -> list[tuple[float, Node | Apply]]:
@@ -153,7 +153,7 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
     if graph.is_changed_between(cluster[0].source, reading[0], reading[-1]):
         return "their input may be changed in place between them"
     for term in cluster:
-        if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, (Conv, ChannelAffine)):
+        if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, AnyConv | ChannelAffine):
             return f"the shape of {describe(term.node)} is read"
     try:
         merged = parallel([term.operator for term in cluster], outline=True)
@@ -163,8 +163,8 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
     saved = before - kernels_of(merged)
     if saved <= 0:
         return "one operator would launch as many kernels"
-    if isinstance(merged, Conv):
-        apart = sum(term.operator.multiply_adds for term in cluster if isinstance(term.operator, Conv))
+    if isinstance(merged, AnyConv):
+        apart = sum(term.operator.multiply_adds for term in cluster if isinstance(term.operator, AnyConv))
         if merged.multiply_adds > _GROWTH * apart + _ALLOWANCE * saved * merged.out_channels:
             return f"one kernel would take {merged.multiply_adds / max(1, apart):.1f} times the multiply-adds"
     return None
