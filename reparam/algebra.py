@@ -317,7 +317,7 @@ class Weighted:
             AlgebraError: This one has a stride, and no other kind does the same.
         """
         if any(s != 1 for s in self.stride):
-            raise AlgebraError(f"a stride of {self.stride}")
+            raise AlgebraError(f"the convolution has a stride of {self.stride}")
         padding = tuple((e - before, e - after) for (before, after), e in zip(self.padding, self.extent, strict=True))
         weight = self.weight.flip(tuple(range(2, self.weight.dim()))).contiguous()
         shared = {name: getattr(self, name) for name in ("bias", "dilation", "groups", "gain")}
@@ -414,7 +414,7 @@ class Conv(Weighted):
             AlgebraError: The padding is not of zeros.
         """
         if self.padding_mode != ZEROS:
-            raise AlgebraError(f"{self.padding_mode} padding")
+            raise AlgebraError(f"the convolution has {self.padding_mode} padding")
         weight = _exchange(self.kernel, self.groups)
         return ConvTranspose(weight, None, self.stride, self.padding, self.dilation, self.groups)
 
@@ -425,13 +425,13 @@ class Conv(Weighted):
             AlgebraError: It has a stride, or its padding is not of zeros.
         """
         if self.padding_mode != ZEROS:
-            raise AlgebraError(f"{self.padding_mode} padding")
+            raise AlgebraError(f"the convolution has {self.padding_mode} padding")
         return ConvTranspose(**self._flipped())
 
     def _adjoint_conv(self) -> Conv:
         """:meth:`adjoint` as a convolution, which it is at stride 1."""
         if self.padding_mode != ZEROS:
-            raise AlgebraError(f"{self.padding_mode} padding")
+            raise AlgebraError(f"the convolution has {self.padding_mode} padding")
         flipped = Conv(**self._flipped())
         return replace(flipped, weight=_exchange(flipped.kernel, self.groups), bias=None, gain=None)
 
@@ -489,6 +489,10 @@ class Conv(Weighted):
         kernel); so may a bias when the border is reflected, replicated or wrapped.
         """
         _check_sequence(self, inner)
+        return self._product(inner)
+
+    def _product(self, inner: Conv) -> Conv:
+        """The convolution that ``self(inner(x))`` is away from the border."""
         groups = math.gcd(self.groups, inner.groups)
         outer_kernel, inner_kernel = self.regroup(groups).double(), inner.regroup(groups).double()
         # Taps of the composition: inner offset + inner stride * outer offset.
@@ -517,10 +521,7 @@ class Conv(Weighted):
         )
 
     def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
-        """A convolution of what a transposed one wrote is a transposed convolution with the product of their kernels.
-
-        Exact when this one has no stride, and pads with zeros, if at all, only where nothing was cropped.
-        """
+        """Exact when this one has no stride, and pads with zeros, if at all, only where nothing was cropped."""
         return _compose_transposed(self, inner, "its zero padding covers what the transposed convolution crops")
 
 
@@ -618,14 +619,14 @@ class ConvTranspose(Weighted):
         return replace(self, weight=self.kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None)
 
     def _after_conv(self, inner: Conv) -> ConvTranspose:
-        """Exact when the convolution has no stride, and pads so far that every input meets every tap (or has one tap).
+        """Exact when the convolution has no stride, and what its output lacks at the border would not be written.
 
-        Its outputs end somewhere; those of a kernel that joins the two would go on.
+        That is so when it is pointwise, or this one's writes do not overlap (2x2, stride 2), or it pads all it can.
         """
         return _compose_transposed(self, inner, "the convolution before it ends where one kernel would go on")
 
     def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
-        """Exact when the inner one crops nothing, or this one has a single tap and crops nothing."""
+        """Exact when the inner one crops nothing, or this one's writes do not overlap."""
         return _compose_transposed(self, inner, "the first transposed convolution crops what one kernel would spread")
 
     def _of_constant(self, shift: Tensor) -> Tensor | None:
@@ -671,21 +672,25 @@ def _missing_taps(crop: tuple[int, int], stride: int, dilation: int) -> tuple[in
 
 
 def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str) -> ConvTranspose:
-    """``outer(inner(x)) = (inner'(outer'(x)))'``: a sequence of the operators that read where these write.
+    """``outer(inner(x)) = (inner'(outer'(x)))'``, where ``f'`` reads where ``f`` writes; one may be a convolution.
 
-    One of the two may be a convolution, of stride 1. ``obstacle`` says what is in the way when the second reads the
-    padding of the first there.
+    Seen as writing, the two are exact as one when the inner one crops nothing that it wrote, or the outer one would
+    spread that to where it crops as well.
+
+    Raises:
+        AlgebraError: A convolution has a stride or reads other padding than zeros; or with ``obstacle``, when what
+            was cropped matters.
     """
     _check_channels(outer, inner)
     first, second = outer._adjoint_conv(), inner._adjoint_conv()
+    for axis, pair in enumerate(second.padding):
+        least = first.extent[axis] - first.stride[axis] + 1
+        if any(lost > 0 and crop < least for lost, crop in zip(pair, first.padding[axis], strict=True)):
+            raise AlgebraError(obstacle)
     bias = outer.bias
     if inner.bias is not None:
         bias = outer.after(ChannelAffine(torch.ones_like(inner.bias), inner.bias, inner.axis)).bias
-    try:
-        composed = second._after_conv(first).adjoint()
-    except AlgebraError:
-        raise AlgebraError(obstacle) from None
-    return replace(composed, bias=bias)
+    return replace(second._product(first).adjoint(), bias=bias)
 
 
 def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
@@ -866,10 +871,9 @@ def _check_parallel(a: AnyConv, b: AnyConv) -> None:
 def _check_sequence(outer: Conv, inner: Conv) -> None:
     """Raise unless what lies beyond the output of ``inner`` is what ``outer`` pads it with."""
     _check_channels(outer, inner)
-    for axis, pair in enumerate(outer.padding):
-        if max(pair) <= 0 or _is_zero_beyond(inner, axis, outer):
+    for pair, taps, amounts, stride in zip(outer.padding, inner.kernel_size, inner.padding, inner.stride, strict=True):
+        if max(pair) <= 0:
             continue
-        taps, amounts, stride = inner.kernel_size[axis], inner.padding[axis], inner.stride[axis]
         if taps != 1 or any(amounts):
             raise AlgebraError("the second convolution pads the first one's output")
         if outer.padding_mode != ZEROS and stride != 1:
@@ -886,13 +890,6 @@ def _check_channels(outer: Weighted, inner: Weighted) -> None:
         raise AlgebraError(f"a {inner.dimensions}-d before a {outer.dimensions}-d convolution")
     if inner.out_channels != outer.in_channels:
         raise AlgebraError(f"{inner.out_channels} channels are broadcast to {outer.in_channels}")
-
-
-def _is_zero_beyond(inner: Conv, axis: int, outer: Conv) -> bool:
-    """Whether ``inner`` pads with zeros so far that its outputs would go on as zeros where ``outer`` pads them."""
-    reach = inner.extent[axis]
-    sides = zip(outer.padding[axis], inner.padding[axis], strict=True)
-    return inner.padding_mode == outer.padding_mode == ZEROS and all(own <= 0 or pad >= reach for own, pad in sides)
 
 
 @dataclass(frozen=True)
