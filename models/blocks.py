@@ -658,14 +658,14 @@ class RepMixer(Block):
         self,
         in_channels: int,
         out_channels: int,
+        kernel_size: Size = 3,
         *shape: Any,
         groups: int | None = None,
         layer_scale: float = 1.0,
         **geometry: Any,
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, *shape, groups=in_channels if groups is None else groups, **geometry
-        )
+        geometry["groups"] = in_channels if groups is None else groups
+        super().__init__(in_channels, out_channels, kernel_size, *shape, **geometry)
         g = _mixer("a RepMixer", self.geometry)
         k, s, p, d = g.kernel_size, g.stride, g.padding, g.dilation
         self.mixer = MobileOneBlock(in_channels, out_channels, k, s, p, d, g.groups, branches=1)
