@@ -179,19 +179,14 @@ class Geometry:
         """``N(W*x)``; arguments as for :meth:`conv`."""
         return nn.Sequential(self.conv(kernel_size, rate), nn.BatchNorm2d(self.out_channels))
 
-    def point(self, channels: int) -> nn.Conv2d:
-        """``W1*x`` to so many channels at every position, in this geometry's groups, without bias."""
-        return nn.Conv2d(self.in_channels, channels, 1, groups=self.groups, bias=False)
+    def point(self, channels: int, bias: bool = False) -> nn.Conv2d:
+        """``pad(W1*x) + b``: a 1x1 convolution at every position that the kernel reads, also of the padding."""
+        return nn.Conv2d(self.in_channels, channels, 1, padding=self.padding, groups=self.groups, bias=bias)
 
     def unpadded(self, in_channels: int) -> nn.Conv2d:
         """``W*x`` without bias, on an input that is padded already."""
         k, s, d = self.kernel_size, self.stride, self.dilation
         return nn.Conv2d(in_channels, self.out_channels, k, s, 0, d, self.groups, bias=False)
-
-    def pad(self) -> nn.ZeroPad2d:
-        """This geometry's padding as a layer."""
-        height, width = self.padding
-        return nn.ZeroPad2d((width, width, height, height))
 
 
 class Block(nn.Module):
@@ -448,14 +443,14 @@ class DilatedBlock(ParallelBlock):
 
 @register("dbb")
 class DiverseBranchBlock(ParallelBlock):
-    """``N(W*x) + N(W1*x) + N(W * pad(N(W1*x))) + N(mean_k(pad(N(W1*x))))``: branches of different depth.
+    """``N(W*x) + N(W1*x) + N(W * N(pad(W1*x))) + N(mean(N(pad(W1*x))))``: branches of different depth.
 
     Xiaohan Ding, Xiangyu Zhang, Jungong Han, Guiguang Ding. *Diverse Branch Block: Building a Convolution as an
     Inception-like Unit.* CVPR 2021, arXiv:2103.13425, section 3.3.
 
     The padding of an inner branch has to be what its norm makes of zero, or else the branch would not be a convolution
-    at the border. That is ``N(pad(W1*x))``, before layers that do not pad; the norm's statistics then include the
-    border. The 1x1 before a kernel starts as the identity, as in the paper.
+    at the border. That is ``N(pad(W1*x))``, before layers that do not pad, and ``pad(W1*x)`` is a padded 1x1; the
+    norm's statistics then include the border. The 1x1 before a kernel starts as the identity, as in the paper.
 
     Arguments, shapes and errors of :class:`Block`; ``dilation`` must be 1, since a mean has none.
     """
@@ -468,25 +463,10 @@ class DiverseBranchBlock(ParallelBlock):
         norm = nn.BatchNorm2d
         identity = g.point(g.in_channels)
         nn.init.dirac_(identity.weight, g.groups)
-        # The kernel sees what the 1x1 made of every channel.
-        deep = [identity, g.pad(), norm(g.in_channels), g.unpadded(g.in_channels), norm(g.out_channels)]
+        deep = [identity, norm(g.in_channels), g.unpadded(g.in_channels), norm(g.out_channels)]
         pool = nn.AvgPool2d(g.kernel_size, g.stride)
-        mean = [g.point(g.out_channels), g.pad(), norm(g.out_channels), pool, norm(g.out_channels)]
+        mean = [g.point(g.out_channels), norm(g.out_channels), pool, norm(g.out_channels)]
         self.branches.extend([g.branch(g.kernel_size), g.branch(1), nn.Sequential(*deep), nn.Sequential(*mean)])
-
-
-class _Deep(nn.Module):
-    """``W * (pad(W1*x) + b)``: the padding is what the first layer's bias makes of zero."""
-
-    def __init__(self, geometry: Geometry, hidden: int) -> None:
-        super().__init__()
-        self.point, self.pad, self.kernel = geometry.point(hidden), geometry.pad(), geometry.unpadded(hidden)
-        self.bias = nn.Parameter(torch.zeros(hidden, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        deep: Tensor = self.kernel(self.pad(self.point(x)) + self.bias)
-        return deep
 
 
 class _Edge(nn.Module):
@@ -494,18 +474,16 @@ class _Edge(nn.Module):
 
     def __init__(self, geometry: Geometry, taps: Tensor) -> None:
         super().__init__()
-        channels = geometry.out_channels
         self.geometry = geometry
-        self.point, self.pad = geometry.point(channels), geometry.pad()
-        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
-        self.scale = nn.Parameter(torch.randn(channels, 1, 1, 1) * 1e-3)
+        self.point = geometry.point(geometry.out_channels, bias=True)
+        self.scale = nn.Parameter(torch.randn(geometry.out_channels, 1, 1, 1) * 1e-3)
         self.filter: Tensor
         self.register_buffer("filter", taps)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        g, features = self.geometry, self.pad(self.point(x)) + self.bias
-        return F.conv2d(features, self.scale * self.filter, None, g.stride, 0, g.dilation, g.out_channels)
+        g = self.geometry
+        return F.conv2d(self.point(x), self.scale * self.filter, None, g.stride, 0, g.dilation, g.out_channels)
 
 
 _SOBEL = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
@@ -538,7 +516,8 @@ class EdgeBlock(ParallelBlock):
             )
         if expansion < 1:
             raise ModelError(f"expansion is {expansion}, but there must be channels between the two convolutions")
-        self.branches.extend([g.conv(3, bias=True), _Deep(g, expansion * g.in_channels)])
+        hidden = expansion * g.in_channels
+        self.branches.extend([g.conv(3, bias=True), nn.Sequential(g.point(hidden, bias=True), g.unpadded(hidden))])
         self.branches.extend(_Edge(g, taps.clone()) for taps in (_SOBEL, _SOBEL.T, _LAPLACE))
 
 

@@ -189,7 +189,7 @@ def test_qarepvgg_norms_the_sum(seed):
 def test_dbb_pads_with_the_norm_of_zero(seed):
     """As its authors compute it: norm first, then a border of the value that the norm gives to zero."""
     block = lived_in(blocks.DiverseBranchBlock(4, 6), seed)
-    (convk, bnk), (conv1, bn1), (inner, _, bni, outer, bno), (point, _, bnp, pool, bna) = block.branches
+    (convk, bnk), (conv1, bn1), (inner, bni, outer, bno), (point, bnp, pool, bna) = block.branches
     x = image(4, 7, 8, seed)
 
     def padded(bn: nn.BatchNorm2d, y: Tensor) -> Tensor:
@@ -211,18 +211,19 @@ def test_ecb_filters_edges(seed):
     x = image(3, 7, 8, seed)
     total = F.conv2d(x, plain.weight, plain.bias, padding=1)
 
-    def padded(branch: nn.Module) -> Tensor:
-        bias = branch.bias.view(1, -1, 1, 1)
-        return F.pad(F.conv2d(x, branch.point.weight), (1, 1, 1, 1)) + bias
+    def padded(point: nn.Conv2d) -> Tensor:
+        """As its authors compute it: a border of the bias."""
+        bias = point.bias.view(1, -1, 1, 1)
+        return F.pad(F.conv2d(x, point.weight, point.bias) - bias, (1, 1, 1, 1)) + bias
 
-    total = total + F.conv2d(padded(deep), deep.kernel.weight)
+    total = total + F.conv2d(padded(deep[0]), deep[1].weight)
     filters = (
         [[1, 0, -1], [2, 0, -2], [1, 0, -1]],
         [[1, 2, 1], [0, 0, 0], [-1, -2, -1]],
         [[0, 1, 0], [1, -4, 1], [0, 1, 0]],
     )
     for edge, taps in zip(edges, filters, strict=True):
-        total = total + F.conv2d(padded(edge), edge.scale * torch.tensor(taps, dtype=torch.float64), groups=5)
+        total = total + F.conv2d(padded(edge.point), edge.scale * torch.tensor(taps, dtype=torch.float64), groups=5)
     assert_same(run(block, x), total.detach())
 
 
