@@ -8,7 +8,7 @@ import functools
 import pytest
 import timm.models.resnet
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_tensor, seeds
 from torch import Tensor, nn
@@ -105,6 +105,7 @@ def test_a_timm_residual_block_and_back():
 
 
 @pytest.mark.parametrize("name", ANY_KERNEL)
+@settings(max_examples=25)  # each compiles half a dozen times
 @given(st.data(), seeds)
 def test_any_convolution(name, data, seed):
     groups = data.draw(st.integers(1, 3), "groups")
