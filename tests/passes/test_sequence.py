@@ -31,7 +31,7 @@ def chain(*steps):
 
 def large(dimensions: int) -> torch.Tensor:
     """Two images of two channels that two kernels fit into."""
-    return normal(2, 2, *(25, 24, 23)[:dimensions]) if dimensions else normal(2, 3, 2)
+    return normal(2, 2, *(35, 34, 33)[:dimensions]) if dimensions else normal(2, 3, 2)
 
 
 def test_a_pointwise_convolution_before_a_convolution():
