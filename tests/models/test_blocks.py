@@ -117,9 +117,12 @@ def test_every_mixer_is_one_depthwise_convolution(name, channels, kernel, seed):
 @given(st.sampled_from((2, 4, 6)), st.sampled_from((2, 4)), st.sampled_from((1, 3, 5)), st.integers(1, 2), seeds)
 def test_repghost_is_a_pointwise_and_a_depthwise_convolution(in_channels, out_channels, kernel, stride, seed):
     x = image(in_channels, 17, 20, seed)
+    torch.manual_seed(seed)
     block = lived_in(blocks.RepGhostModule(in_channels, out_channels, kernel, stride), seed)
     compiled = reparam.compile(block)
-    assert_same(run(compiled, x), run(block, x))
+    actual, expected = run(compiled, x), run(block, x)
+    # Two channels may both be dead behind their ReLUs: then all outputs are zero.
+    assert (actual - expected).abs().max() <= 1e-9 * max(1, expected.abs().max())
     calls = count_calls(compiled, x)
     assert (calls["convolution"], calls["other"], calls["kernels"]) == (2, 2, 4), "two convolutions and two ReLUs"
     assert [m.groups for m in compiled.modules() if isinstance(m, nn.Conv2d)] == [1, out_channels]
