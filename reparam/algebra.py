@@ -435,21 +435,45 @@ class Conv(Weighted):
         flipped = Conv(**self._flipped())
         return replace(flipped, weight=_exchange(flipped.kernel, self.groups), bias=None, gain=None)
 
-    def after(self, inner: ChannelAffine | Conv | ConvTranspose | Pad) -> Conv | ConvTranspose:
+    def after(self, inner: Operator, *, outline: bool = False) -> AnyConv:
         """``self(inner(x))`` as one convolution.
 
+        Args:
+            inner: What comes first; a pool is taken as the depthwise convolution that it is.
+            outline: Leave the kernel of a convolution of a convolution zero, which shows at no cost what it would be.
+
         Raises:
-            AlgebraError: It is not one; see the four cases.
+            AlgebraError: It is not one; see the cases.
         """
         match inner:
             case ConvTranspose():
-                return self._after_transposed(inner)
+                return self._after_transposed(inner, outline)
             case ChannelAffine():
                 return self._after_affine(inner)
             case Pad():
                 return self._after_pad(inner)
             case Conv():
-                return self._after_conv(inner)
+                return self._after_conv(inner, outline)
+            case AveragePool():
+                pool = inner.as_conv(self.in_channels, self.dimensions, device=self.weight.device)
+                return self._after_conv(pool, outline)
+
+    def then_crop(self, crop: Pad) -> Conv:
+        """``crop(self(x))``: a convolution that leaves out its first and last outputs, by padding less.
+
+        Raises:
+            AlgebraError: It pads instead, or the two conflict; see :class:`Conv`.
+        """
+        if crop.pads:
+            raise AlgebraError("the output is padded")
+        amounts = self._last_axes(crop)
+        padding = tuple(
+            (own[0] + s * more[0], own[1] + s * more[1])
+            for own, more, s in zip(self.padding, amounts, self.stride, strict=True)
+        )
+        if self.pads and self.padding_mode != ZEROS and padding != self.padding:
+            raise AlgebraError(f"a crop of a {self.padding_mode}-padded output")
+        return replace(self, padding=padding)
 
     def _after_affine(self, norm: ChannelAffine) -> Conv:
         """``W*(sx + t) + b = (Ws)*x + (b + W·t)``, exact when t = 0 or nothing reads zeros that were padded.
@@ -467,10 +491,7 @@ class Conv(Weighted):
 
     def _after_pad(self, pad: Pad) -> Conv:
         """A padding before a convolution is the convolution's own, when both pad the same way."""
-        space = len(pad.padding) - self.dimensions
-        if any(amount for pair in pad.padding[: max(space, 0)] for amount in pair):
-            raise AlgebraError("the padding reaches beyond the convolution's axes")
-        amounts = ((0, 0),) * -space + pad.padding[max(space, 0) :]
+        amounts = self._last_axes(pad)
         if pad.pads and pad.mode == ZEROS and pad.value != 0:
             raise AlgebraError(f"the padding is of {pad.value}, not of zeros")
         if pad.pads and self.pads and (pad.mode, self.padding_mode) != (ZEROS, ZEROS):
@@ -481,7 +502,14 @@ class Conv(Weighted):
         padding = tuple((o[0] + i[0], o[1] + i[1]) for o, i in zip(self.padding, amounts, strict=True))
         return replace(self, padding=padding, padding_mode=pad.mode if pad.pads else self.padding_mode)
 
-    def _after_conv(self, inner: Conv) -> Conv:
+    def _last_axes(self, pad: Pad) -> Padding:
+        """The amounts of a padding for the axes of this convolution."""
+        beyond = len(pad.padding) - self.dimensions
+        if any(amount for pair in pad.padding[: max(beyond, 0)] for amount in pair):
+            raise AlgebraError("the padding reaches beyond the convolution's axes")
+        return ((0, 0),) * -beyond + pad.padding[max(beyond, 0) :]
+
+    def _after_conv(self, inner: Conv, outline: bool) -> Conv:
         """``W2*(W1*x + b1) + b2 = (W2*W1)*x + (W2·b1 + b2)``.
 
         Exact when the outer convolution does not pad: its padding would pad the inner one's *output*. Along an
@@ -489,18 +517,34 @@ class Conv(Weighted):
         kernel); so may a bias when the border is reflected, replicated or wrapped.
         """
         _check_sequence(self, inner)
-        return self._product(inner)
+        return self._inside(inner, outline)
 
-    def _product(self, inner: Conv) -> Conv:
+    def _inside(self, inner: Conv, outline: bool) -> Conv:
         """The convolution that ``self(inner(x))`` is away from the border."""
         groups = math.gcd(self.groups, inner.groups)
-        outer_kernel, inner_kernel = self.regroup(groups).double(), inner.regroup(groups).double()
         # Taps of the composition: inner offset + inner stride * outer offset.
         shifted = [taps.stretched(s) for s, taps in zip(inner.stride, self._lattices, strict=True)]
         lattice = [_sum_lattice(i, o) for i, o in zip(inner._lattices, shifted, strict=True)]
         growth = [i + s * o for i, s, o in zip(inner.growth, inner.stride, self.growth, strict=True)]
-        # A tap of the outer kernel shifts a copy of the inner one; channels and groups go through one product.
+        return Conv(
+            *self._product(inner, groups, lattice, shifted, outline),
+            tuple(s * t for s, t in zip(self.stride, inner.stride, strict=True)),
+            tuple(taps.padding(g) for taps, g in zip(lattice, growth, strict=True)),
+            tuple(taps.step for taps in lattice),
+            groups,
+            self.padding_mode if self.pads else inner.padding_mode,
+        )
+
+    def _product(
+        self, inner: Conv, groups: int, lattice: Sequence[_Lattice], shifted: Sequence[_Lattice], outline: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``self(inner(x))`` in ``groups`` groups, its taps on ``lattice``."""
         rows, middle, columns = (n // groups for n in (self.out_channels, self.in_channels, inner.in_channels))
+        if outline:
+            shape = (self.out_channels, columns, *(taps.count for taps in lattice))
+            return _zeros(shape, self.bias is not None or inner.bias is not None)
+        outer_kernel, inner_kernel = self.regroup(groups).double(), inner.regroup(groups).double()
+        # A tap of the outer kernel shifts a copy of the inner one; channels and groups go through one product.
         outer_taps = outer_kernel.weight.reshape(groups, rows, middle, -1)
         inner_taps = inner_kernel.weight.reshape(groups, middle, columns, *inner.kernel_size)
         weight = outer_taps.new_zeros(groups, rows, columns, *(taps.count for taps in lattice))
@@ -510,19 +554,12 @@ class Conv(Weighted):
         constant = None
         if inner.bias is not None:
             constant = torch.einsum("goi,gi->go", outer_taps.sum(-1), inner.bias.reshape(groups, middle)).flatten()
-        return Conv(
-            weight.flatten(0, 1),
-            _add(self.bias, constant),
-            tuple(s * t for s, t in zip(self.stride, inner.stride, strict=True)),
-            tuple(taps.padding(g) for taps, g in zip(lattice, growth, strict=True)),
-            tuple(taps.step for taps in lattice),
-            groups,
-            self.padding_mode if self.pads else inner.padding_mode,
-        )
+        return weight.flatten(0, 1), _add(self.bias, constant)
 
-    def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
+    def _after_transposed(self, inner: ConvTranspose, outline: bool) -> ConvTranspose:
         """Exact when this one has no stride, and pads with zeros, if at all, only where nothing was cropped."""
-        return _compose_transposed(self, inner, "its zero padding covers what the transposed convolution crops")
+        obstacle = "its zero padding covers what the transposed convolution crops"
+        return _compose_transposed(self, inner, obstacle, outline)
 
 
 @dataclass(frozen=True, eq=False)
@@ -597,37 +634,50 @@ class ConvTranspose(Weighted):
         """
         return Conv(**self._flipped())
 
-    def after(self, inner: ChannelAffine | Conv | ConvTranspose) -> ConvTranspose:
+    def after(self, inner: Operator, *, outline: bool = False) -> ConvTranspose:
         """``self(inner(x))`` as one transposed convolution.
 
+        Args:
+            inner: What comes first; a pool is taken as the depthwise convolution that it is.
+            outline: As for :meth:`Conv.after`. No shift passes then, since whether one does depends on the numbers.
+
         Raises:
-            AlgebraError: It is not one; see the three cases.
+            AlgebraError: It is not one; see the cases.
         """
+        shift = inner.shift if isinstance(inner, ChannelAffine) else inner.bias if isinstance(inner, AnyConv) else None
+        if outline and shift is not None and bool(shift.any()):
+            raise AlgebraError("shift before a transposed convolution")
         match inner:
             case ChannelAffine():
                 return self._after_affine(inner)
             case Conv():
-                return self._after_conv(inner)
+                return self._after_conv(inner, outline)
+            case AveragePool():
+                pool = inner.as_conv(self.in_channels, self.dimensions, device=self.weight.device)
+                return self._after_conv(pool, outline)
             case ConvTranspose():
-                return self._after_transposed(inner)
+                return self._after_transposed(inner, outline)
+            case Pad():
+                raise AlgebraError("a padding before a transposed convolution")
 
     def _after_affine(self, norm: ChannelAffine) -> ConvTranspose:
-        """``W'(sx + t) + b = (sW)'x + (b + W't)``, exact when every output receives the same amount of t."""
+        """``W'(sx + t) + b = (Ws)'x + (b + W't)``, exact when every output receives the same amount of t."""
         _refuse_expansion(norm)
         scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
         constant = None if shift is None else self._of_constant(shift)
         return replace(self, weight=self.kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None)
 
-    def _after_conv(self, inner: Conv) -> ConvTranspose:
+    def _after_conv(self, inner: Conv, outline: bool) -> ConvTranspose:
         """Exact when the convolution has no stride, and what its output lacks at the border would not be written.
 
         That is so when it is pointwise, or this one's writes do not overlap (2x2, stride 2), or it pads all it can.
         """
-        return _compose_transposed(self, inner, "the convolution before it ends where one kernel would go on")
+        return _compose_transposed(self, inner, "the convolution before it ends where one kernel would go on", outline)
 
-    def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
+    def _after_transposed(self, inner: ConvTranspose, outline: bool) -> ConvTranspose:
         """Exact when the inner one crops nothing, or this one's writes do not overlap."""
-        return _compose_transposed(self, inner, "the first transposed convolution crops what one kernel would spread")
+        obstacle = "the first transposed convolution crops what one kernel would spread"
+        return _compose_transposed(self, inner, obstacle, outline)
 
     def _of_constant(self, shift: Tensor) -> Tensor | None:
         """What a constant input adds to every output. Shape ``(out_channels,)``.
@@ -671,7 +721,7 @@ def _missing_taps(crop: tuple[int, int], stride: int, dilation: int) -> tuple[in
     return more_before, max(0, slack // dilation + 1)
 
 
-def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str) -> ConvTranspose:
+def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str, outline: bool) -> ConvTranspose:
     """``outer(inner(x)) = (inner'(outer'(x)))'``, where ``f'`` reads where ``f`` writes; one may be a convolution.
 
     Seen as writing, the two are exact as one when the inner one crops nothing that it wrote, or the outer one would
@@ -690,7 +740,7 @@ def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str) -> ConvTr
     bias = outer.bias
     if inner.bias is not None:
         bias = outer.after(ChannelAffine(torch.ones_like(inner.bias), inner.bias, inner.axis)).bias
-    return replace(second._product(first).adjoint(), bias=bias)
+    return replace(second._inside(first, outline).adjoint(), bias=bias)
 
 
 def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
@@ -726,6 +776,21 @@ class Pad:
         """``x``, padded."""
         return _pad(x, self.padding, self.mode, self.value)
 
+    def after(self, inner: Pad) -> Pad:
+        """``self(inner(x))``: two paddings with the same constant, or two crops.
+
+        Raises:
+            AlgebraError: They pad with different values, or one crops what the other padded.
+        """
+        if (self.mode, inner.mode) != (ZEROS, ZEROS) or (self.pads and inner.pads and self.value != inner.value):
+            raise AlgebraError("the two pad with different values")
+        axes = max(len(self.padding), len(inner.padding))
+        outer, own = (((0, 0),) * (axes - len(pad.padding)) + pad.padding for pad in (self, inner))
+        if any(a * b < 0 for pairs in zip(outer, own, strict=True) for a, b in zip(*pairs, strict=True)):
+            raise AlgebraError("one crops what the other padded")
+        padding = tuple((a[0] + b[0], a[1] + b[1]) for a, b in zip(outer, own, strict=True))
+        return Pad(padding, ZEROS, self.value if self.pads else inner.value)
+
 
 @dataclass(frozen=True)
 class AveragePool:
@@ -750,6 +815,22 @@ class AveragePool:
         pooled = _POOL[self.dimensions](x, self.kernel_size, self.stride, self.padding)
         return pooled * (math.prod(self.kernel_size) / self.divisor) if self.divisor else pooled
 
+    def after(self, pad: Pad) -> AveragePool:
+        """``self(pad(x))``: padding with zeros that the windows count.
+
+        Raises:
+            AlgebraError: torch's pool cannot pad so: other values, one side more than the other, or half a window.
+        """
+        beyond = len(pad.padding) - self.dimensions
+        amounts = ((0, 0),) * -beyond + pad.padding[max(beyond, 0) :]
+        outside = any(amount for pair in pad.padding[: max(beyond, 0)] for amount in pair)
+        if outside or pad.value or pad.mode != ZEROS or any(a != b for a, b in amounts):
+            raise AlgebraError("a pool cannot pad like that")
+        padding = tuple(p + a for p, (a, _) in zip(self.padding, amounts, strict=True))
+        if any(not 0 <= a <= k // 2 or a < p for a, k, p in zip(padding, self.kernel_size, self.padding, strict=True)):
+            raise AlgebraError("a pool pads at most half its window")
+        return replace(self, padding=padding)
+
     def scaled(self, factor: float) -> AveragePool:
         """``factor * self(x)``."""
         divisor = self.divisor or math.prod(self.kernel_size)
@@ -769,6 +850,44 @@ class AveragePool:
 
 
 Operator: TypeAlias = AnyConv | ChannelAffine | AveragePool | Pad
+
+
+def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Operator:
+    """``outer(inner(x))`` as one operator.
+
+    Args:
+        outer: What comes last.
+        inner: What comes first.
+        outline: As for :meth:`Conv.after`.
+
+    Raises:
+        AlgebraError: The two are not one operator; the message says why.
+    """
+    match outer, inner:
+        case ChannelAffine(), ChannelAffine():
+            return outer.after(inner)
+        case ChannelAffine(), Conv() | ConvTranspose():
+            return inner.then(outer)
+        case ChannelAffine(), AveragePool():
+            if outer.axis is None:
+                raise AlgebraError("nothing says how many channels there are")
+            return inner.as_conv(len(outer.scale), -outer.axis - 1, device=outer.scale.device).then(outer)
+        case Conv() | ConvTranspose(), _:
+            return outer.after(inner, outline=outline)
+        case AveragePool(), Conv() | ConvTranspose():
+            conv = outer.as_conv(inner.out_channels, inner.dimensions, device=inner.weight.device)
+            return conv.after(inner, outline=outline)
+        case AveragePool(), ChannelAffine():
+            if inner.axis is None:
+                raise AlgebraError("nothing says how many channels there are")
+            return outer.as_conv(len(inner.scale), -inner.axis - 1, device=inner.scale.device).after(inner)
+        case AveragePool(), Pad():
+            return outer.after(inner)
+        case Pad(), Conv():
+            return inner.then_crop(outer)
+        case Pad(), Pad():
+            return outer.after(inner)
+    raise AlgebraError("the two are not one operator")
 
 
 def parallel(terms: Sequence[Operator], *, outline: bool = False) -> Operator:
@@ -839,8 +958,7 @@ def _numbers(
     """Weight and bias of a sum of convolutions, over common groups and taps."""
     biases = [conv.bias for conv in convs if conv.bias is not None]
     if outline:
-        zero = torch.zeros((), dtype=torch.float64)
-        return zero.expand(shape), zero.expand(shape[:1]) if biases else None
+        return _zeros(shape, bool(biases))
     # The largest kernel usually has the common taps already, and the others are added into a copy of it.
     convs = sorted(convs, key=lambda conv: -conv.weight.numel() * (conv.groups == groups))
     first = convs[0].regroup(groups)
@@ -850,6 +968,12 @@ def _numbers(
     for conv in convs[1:]:
         weight[_within(conv._lattices, lattice)] += conv.regroup(groups).kernel
     return weight, reduce(torch.add, biases) if biases else None
+
+
+def _zeros(shape: Ints, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution that is not filled in: one zero, seen from everywhere."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return zero.expand(shape), zero.expand(shape[:1]) if bias else None
 
 
 def _check_parallel(a: AnyConv, b: AnyConv) -> None:
