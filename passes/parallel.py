@@ -131,7 +131,7 @@ def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
     chain, source, whole = [node], graph.source(node), operator
     while len(chain) < _DEEPEST and len(source.users) == 1:
         inner = graph.op(source)
-        if not isinstance(inner, AnyConv | ChannelAffine | AveragePool | Pad):
+        if not isinstance(inner, Operator):
             break
         try:
             longer = compose(whole, inner, outline=True)
@@ -181,7 +181,7 @@ def _whole(term: _Term, graph: Graph) -> AnyConv | ChannelAffine | AveragePool:
 
 def _operator(node: Node, graph: Graph) -> Operator:
     operator = graph.op(node)
-    assert isinstance(operator, AnyConv | ChannelAffine | AveragePool | Pad)
+    assert isinstance(operator, Operator)
     return operator
 
 

@@ -517,9 +517,9 @@ class Conv(Weighted):
         kernel); so may a bias when the border is reflected, replicated or wrapped.
         """
         _check_sequence(self, inner)
-        return self._inside(inner, outline)
+        return self._product(inner, outline)
 
-    def _inside(self, inner: Conv, outline: bool) -> Conv:
+    def _product(self, inner: Conv, outline: bool) -> Conv:
         """The convolution that ``self(inner(x))`` is away from the border."""
         groups = math.gcd(self.groups, inner.groups)
         # Taps of the composition: inner offset + inner stride * outer offset.
@@ -527,7 +527,7 @@ class Conv(Weighted):
         lattice = [_sum_lattice(i, o) for i, o in zip(inner._lattices, shifted, strict=True)]
         growth = [i + s * o for i, s, o in zip(inner.growth, inner.stride, self.growth, strict=True)]
         return Conv(
-            *self._product(inner, groups, lattice, shifted, outline),
+            *self._product_numbers(inner, groups, lattice, shifted, outline),
             tuple(s * t for s, t in zip(self.stride, inner.stride, strict=True)),
             tuple(taps.padding(g) for taps, g in zip(lattice, growth, strict=True)),
             tuple(taps.step for taps in lattice),
@@ -535,7 +535,7 @@ class Conv(Weighted):
             self.padding_mode if self.pads else inner.padding_mode,
         )
 
-    def _product(
+    def _product_numbers(
         self, inner: Conv, groups: int, lattice: Sequence[_Lattice], shifted: Sequence[_Lattice], outline: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``self(inner(x))`` in ``groups`` groups, its taps on ``lattice``."""
@@ -740,7 +740,7 @@ def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str, outline: 
     bias = outer.bias
     if inner.bias is not None:
         bias = outer.after(ChannelAffine(torch.ones_like(inner.bias), inner.bias, inner.axis)).bias
-    return replace(second._inside(first, outline).adjoint(), bias=bias)
+    return replace(second._product(first, outline).adjoint(), bias=bias)
 
 
 def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:

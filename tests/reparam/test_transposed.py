@@ -759,3 +759,17 @@ def test_branches_of_several_layers_each():
     compiled = reparam.compile(net, x)
     assert compiled.report.after.kernels == 1
     assert_same(net, compiled, x)
+
+
+def test_a_bias_inside_a_branch_stays_where_no_kernel_takes_it_in():
+    """What the last layers of a branch are together is known without their numbers; what a bias adds is not."""
+    net = model(
+        lambda s, x: s.a(x) + s.b(x),
+        a=nn.Sequential(nn.Conv1d(4, 6, 1), nn.ConvTranspose1d(6, 4, 4, 2, 1), nn.Conv1d(4, 4, 1)),
+        b=nn.ConvTranspose1d(4, 4, 2, 2),
+    )
+    x = normal(2, 4, 5)
+    compiled = reparam.compile(net, x)
+    assert_same(net, compiled, x)
+    # The first layer stays, the two after it become one.
+    assert compiled.report.after.convolutions == 3
