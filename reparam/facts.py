@@ -190,6 +190,7 @@ class Arguments:
         self.node = node
 
     def get(self, position: int, name: str, default: Any) -> Any:
+        """The argument at a position or of a name, or the default."""
         if len(self.node.args) > position:
             return self.node.args[position]
         # torch takes NumPy's name for an axis, too.

@@ -127,7 +127,9 @@ class Graph:
         if isinstance(node.target, Operator):
             return node.target
         if node not in self._lifted:
-            self._lifted[node] = lift(node, self.modules)
+            # An operator applied to a constant is a constant, and none of anybody's business.
+            applied = any(source.op != "get_attr" for source in node.all_input_nodes)
+            self._lifted[node] = lift(node, self.modules) if applied else None
         return self._lifted[node]
 
     def source(self, node: Node) -> Node:
