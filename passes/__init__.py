@@ -8,12 +8,15 @@ from reparam.passes.affine_chain import AffineAfterAffine
 from reparam.passes.no_op import RemoveNoOp
 from reparam.passes.norm_after import NormAfterLinear
 from reparam.passes.norm_before import NormBeforeLinear
-from reparam.passes.padding import PadBeforeConv
+from reparam.passes.padding import CropAfterConv, PadBeforeConv
 from reparam.passes.parallel import ParallelBranches
+from reparam.passes.sequence import ConvAfterConv
 from reparam.rewrite import Rule
 
 __all__ = [
     "AffineAfterAffine",
+    "ConvAfterConv",
+    "CropAfterConv",
     "NormAfterLinear",
     "NormBeforeLinear",
     "PadBeforeConv",
@@ -32,4 +35,6 @@ def default() -> Sequence[Rule]:
         ParallelBranches(),
         NormBeforeLinear(),
         PadBeforeConv(),
+        CropAfterConv(),
+        ConvAfterConv(),
     )

@@ -360,11 +360,15 @@ class Conv:
         bias = _add(None if self.bias is None else scale * self.bias, shift)
         return replace(self, gain=scale if self.gain is None else scale * self.gain, bias=bias)
 
-    def after(self, inner: ChannelAffine | Conv | Pad) -> Conv:
+    def after(self, inner: Operator, *, outline: bool = False) -> Conv:
         """``self(inner(x))`` as one convolution.
 
+        Args:
+            inner: What comes first; a pool is taken as the depthwise convolution that it is.
+            outline: Leave the kernel of a convolution of a convolution zero, which shows at no cost what it would be.
+
         Raises:
-            AlgebraError: It is not one; see the three cases.
+            AlgebraError: It is not one; see the cases.
         """
         match inner:
             case ChannelAffine():
@@ -372,7 +376,27 @@ class Conv:
             case Pad():
                 return self._after_pad(inner)
             case Conv():
-                return self._after_conv(inner)
+                return self._after_conv(inner, outline)
+            case AveragePool():
+                pool = inner.as_conv(self.in_channels, self.dimensions, device=self.weight.device)
+                return self._after_conv(pool, outline)
+
+    def then_crop(self, crop: Pad) -> Conv:
+        """``crop(self(x))``: a convolution that leaves out its first and last outputs, by padding less.
+
+        Raises:
+            AlgebraError: It pads instead, or the two conflict; see :class:`Conv`.
+        """
+        if crop.pads:
+            raise AlgebraError("the output is padded")
+        amounts = self._last_axes(crop)
+        padding = tuple(
+            (own[0] + s * more[0], own[1] + s * more[1])
+            for own, more, s in zip(self.padding, amounts, self.stride, strict=True)
+        )
+        if self.pads and self.padding_mode != ZEROS and padding != self.padding:
+            raise AlgebraError(f"a crop of a {self.padding_mode}-padded output")
+        return replace(self, padding=padding)
 
     def _after_affine(self, norm: ChannelAffine) -> Conv:
         """``W*(sx + t) + b = (Ws)*x + (b + W·t)``, exact when t = 0 or nothing reads zeros that were padded.
@@ -398,10 +422,7 @@ class Conv:
 
     def _after_pad(self, pad: Pad) -> Conv:
         """A padding before a convolution is the convolution's own, when both pad the same way."""
-        space = len(pad.padding) - self.dimensions
-        if any(amount for pair in pad.padding[: max(space, 0)] for amount in pair):
-            raise AlgebraError("the padding reaches beyond the convolution's axes")
-        amounts = ((0, 0),) * -space + pad.padding[max(space, 0) :]
+        amounts = self._last_axes(pad)
         if pad.pads and pad.mode == ZEROS and pad.value != 0:
             raise AlgebraError(f"the padding is of {pad.value}, not of zeros")
         if pad.pads and self.pads and (pad.mode, self.padding_mode) != (ZEROS, ZEROS):
@@ -412,7 +433,14 @@ class Conv:
         padding = tuple((o[0] + i[0], o[1] + i[1]) for o, i in zip(self.padding, amounts, strict=True))
         return replace(self, padding=padding, padding_mode=pad.mode if pad.pads else self.padding_mode)
 
-    def _after_conv(self, inner: Conv) -> Conv:
+    def _last_axes(self, pad: Pad) -> Padding:
+        """The amounts of a padding for the axes of this convolution."""
+        beyond = len(pad.padding) - self.dimensions
+        if any(amount for pair in pad.padding[: max(beyond, 0)] for amount in pair):
+            raise AlgebraError("the padding reaches beyond the convolution's axes")
+        return ((0, 0),) * -beyond + pad.padding[max(beyond, 0) :]
+
+    def _after_conv(self, inner: Conv, outline: bool) -> Conv:
         """``W2*(W1*x + b1) + b2 = (W2*W1)*x + (W2·b1 + b2)``.
 
         Exact when the outer convolution does not pad: its padding would pad the inner one's *output*. Along an
@@ -421,13 +449,29 @@ class Conv:
         """
         _check_sequence(self, inner)
         groups = math.gcd(self.groups, inner.groups)
-        outer_kernel, inner_kernel = self.regroup(groups).double(), inner.regroup(groups).double()
         # Taps of the composition: inner offset + inner stride * outer offset.
         shifted = [taps.stretched(s) for s, taps in zip(inner.stride, self._lattices, strict=True)]
         lattice = [_sum_lattice(i, o) for i, o in zip(inner._lattices, shifted, strict=True)]
         growth = [i + s * o for i, s, o in zip(inner.growth, inner.stride, self.growth, strict=True)]
-        # A tap of the outer kernel shifts a copy of the inner one; channels and groups go through one product.
+        return Conv(
+            *self._product(inner, groups, lattice, shifted, outline),
+            tuple(s * t for s, t in zip(self.stride, inner.stride, strict=True)),
+            tuple(taps.padding(g) for taps, g in zip(lattice, growth, strict=True)),
+            tuple(taps.step for taps in lattice),
+            groups,
+            self.padding_mode if self.pads else inner.padding_mode,
+        )
+
+    def _product(
+        self, inner: Conv, groups: int, lattice: Sequence[_Lattice], shifted: Sequence[_Lattice], outline: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``self(inner(x))`` in ``groups`` groups, its taps on ``lattice``."""
         rows, middle, columns = (n // groups for n in (self.out_channels, self.in_channels, inner.in_channels))
+        if outline:
+            shape = (self.out_channels, columns, *(taps.count for taps in lattice))
+            return _zeros(shape, self.bias is not None or inner.bias is not None)
+        outer_kernel, inner_kernel = self.regroup(groups).double(), inner.regroup(groups).double()
+        # A tap of the outer kernel shifts a copy of the inner one; channels and groups go through one product.
         outer_taps = outer_kernel.weight.reshape(groups, rows, middle, -1)
         inner_taps = inner_kernel.weight.reshape(groups, middle, columns, *inner.kernel_size)
         weight = outer_taps.new_zeros(groups, rows, columns, *(taps.count for taps in lattice))
@@ -437,15 +481,7 @@ class Conv:
         constant = None
         if inner.bias is not None:
             constant = torch.einsum("goi,gi->go", outer_taps.sum(-1), inner.bias.reshape(groups, middle)).flatten()
-        return Conv(
-            weight.flatten(0, 1),
-            _add(self.bias, constant),
-            tuple(s * t for s, t in zip(self.stride, inner.stride, strict=True)),
-            tuple(taps.padding(g) for taps, g in zip(lattice, growth, strict=True)),
-            tuple(taps.step for taps in lattice),
-            groups,
-            self.padding_mode if self.pads else inner.padding_mode,
-        )
+        return weight.flatten(0, 1), _add(self.bias, constant)
 
 
 def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
@@ -481,6 +517,21 @@ class Pad:
         """``x``, padded."""
         return _pad(x, self.padding, self.mode, self.value)
 
+    def after(self, inner: Pad) -> Pad:
+        """``self(inner(x))``: two paddings with the same constant, or two crops.
+
+        Raises:
+            AlgebraError: They pad with different values, or one crops what the other padded.
+        """
+        if (self.mode, inner.mode) != (ZEROS, ZEROS) or (self.pads and inner.pads and self.value != inner.value):
+            raise AlgebraError("the two pad with different values")
+        axes = max(len(self.padding), len(inner.padding))
+        outer, own = (((0, 0),) * (axes - len(pad.padding)) + pad.padding for pad in (self, inner))
+        if any(a * b < 0 for pairs in zip(outer, own, strict=True) for a, b in zip(*pairs, strict=True)):
+            raise AlgebraError("one crops what the other padded")
+        padding = tuple((a[0] + b[0], a[1] + b[1]) for a, b in zip(outer, own, strict=True))
+        return Pad(padding, ZEROS, self.value if self.pads else inner.value)
+
 
 @dataclass(frozen=True)
 class AveragePool:
@@ -505,6 +556,22 @@ class AveragePool:
         pooled = _POOL[self.dimensions](x, self.kernel_size, self.stride, self.padding)
         return pooled * (math.prod(self.kernel_size) / self.divisor) if self.divisor else pooled
 
+    def after(self, pad: Pad) -> AveragePool:
+        """``self(pad(x))``: padding with zeros that the windows count.
+
+        Raises:
+            AlgebraError: torch's pool cannot pad so: other values, one side more than the other, or half a window.
+        """
+        beyond = len(pad.padding) - self.dimensions
+        amounts = ((0, 0),) * -beyond + pad.padding[max(beyond, 0) :]
+        outside = any(amount for pair in pad.padding[: max(beyond, 0)] for amount in pair)
+        if outside or pad.value or pad.mode != ZEROS or any(a != b for a, b in amounts):
+            raise AlgebraError("a pool cannot pad like that")
+        padding = tuple(p + a for p, (a, _) in zip(self.padding, amounts, strict=True))
+        if any(not 0 <= a <= k // 2 or a < p for a, k, p in zip(padding, self.kernel_size, self.padding, strict=True)):
+            raise AlgebraError("a pool pads at most half its window")
+        return replace(self, padding=padding)
+
     def scaled(self, factor: float) -> AveragePool:
         """``factor * self(x)``."""
         divisor = self.divisor or math.prod(self.kernel_size)
@@ -524,6 +591,44 @@ class AveragePool:
 
 
 Operator: TypeAlias = Conv | ChannelAffine | AveragePool | Pad
+
+
+def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Operator:
+    """``outer(inner(x))`` as one operator.
+
+    Args:
+        outer: What comes last.
+        inner: What comes first.
+        outline: As for :meth:`Conv.after`.
+
+    Raises:
+        AlgebraError: The two are not one operator; the message says why.
+    """
+    match outer, inner:
+        case ChannelAffine(), ChannelAffine():
+            return outer.after(inner)
+        case ChannelAffine(), Conv():
+            return inner.then(outer)
+        case ChannelAffine(), AveragePool():
+            if outer.axis is None:
+                raise AlgebraError("nothing says how many channels there are")
+            return inner.as_conv(len(outer.scale), -outer.axis - 1, device=outer.scale.device).then(outer)
+        case Conv(), _:
+            return outer.after(inner, outline=outline)
+        case AveragePool(), Conv():
+            conv = outer.as_conv(inner.out_channels, inner.dimensions, device=inner.weight.device)
+            return conv.after(inner, outline=outline)
+        case AveragePool(), ChannelAffine():
+            if inner.axis is None:
+                raise AlgebraError("nothing says how many channels there are")
+            return outer.as_conv(len(inner.scale), -inner.axis - 1, device=inner.scale.device).after(inner)
+        case AveragePool(), Pad():
+            return outer.after(inner)
+        case Pad(), Conv():
+            return inner.then_crop(outer)
+        case Pad(), Pad():
+            return outer.after(inner)
+    raise AlgebraError("the two are not one operator")
 
 
 def parallel(terms: Sequence[Operator], *, outline: bool = False) -> Operator:
@@ -594,8 +699,7 @@ def _numbers(
     """Weight and bias of a sum of convolutions, over common groups and taps."""
     biases = [conv.bias for conv in convs if conv.bias is not None]
     if outline:
-        zero = torch.zeros((), dtype=torch.float64)
-        return zero.expand(shape), zero.expand(shape[:1]) if biases else None
+        return _zeros(shape, bool(biases))
     # The largest kernel usually has the common taps already, and the others are added into a copy of it.
     convs = sorted(convs, key=lambda conv: -conv.weight.numel() * (conv.groups == groups))
     first = convs[0].regroup(groups)
@@ -605,6 +709,12 @@ def _numbers(
     for conv in convs[1:]:
         weight[_within(conv._lattices, lattice)] += conv.regroup(groups).kernel
     return weight, reduce(torch.add, biases) if biases else None
+
+
+def _zeros(shape: Ints, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution that is not filled in: one zero, seen from everywhere."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return zero.expand(shape), zero.expand(shape[:1]) if bias else None
 
 
 def _check_parallel(a: Conv, b: Conv) -> None:

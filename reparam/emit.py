@@ -6,6 +6,7 @@ This is where float64 ends: each number is rounded once, when its layer is made.
 from __future__ import annotations
 
 import itertools
+import operator as python_operators
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,10 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
             )
             made.weight, made.bias = cast(operator.kernel), cast(operator.bias)
         case ChannelAffine():
-            # A uniform one has no axes of its own, and changes neither the type nor the rank of what it reads.
+            # A uniform one has no axes of its own, and changes neither the rank of what it reads nor, in whatever
+            # precision its two numbers are, the type.
             shape = [] if operator.axis is None else [-1] + [1] * (-operator.axis - 1)
+            dtype = torch.float64 if operator.axis is None else dtype
             shift = None if operator.shift is None else operator.shift.view(shape)
             made = Affine(operator.scale.view(shape).to(dtype), None if shift is None else shift.to(dtype))
         case AveragePool() if operator.dimensions == 1 or operator.divisor is None:
@@ -142,6 +145,11 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
             continue
         if not isinstance(operator, (Conv, ChannelAffine, AveragePool)):
             continue
+        number = _single_number(operator)
+        if number is not None:
+            with graph.fx.inserting_before(node):
+                _replace(graph, node, graph.fx.call_function(number[0], (graph.source(node), number[1])))
+            continue
         origins = node.meta.get("origins", frozenset())
         key = node.meta.get("calls") if origins else node
         path = shared.get(key)
@@ -157,6 +165,16 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         with graph.fx.inserting_before(node):
             _replace(graph, node, graph.fx.call_module(path, (source,)))
     return used
+
+
+def _single_number(operator: Operator) -> tuple[Any, float] | None:
+    """The function and the number by which a uniform operator is plain arithmetic: ``2 * x``, ``x - 1``."""
+    if not isinstance(operator, ChannelAffine) or operator.axis is not None:
+        return None
+    scale, shift = operator.scale.item(), 0.0 if operator.shift is None else operator.shift.item()
+    if shift == 0.0:
+        return python_operators.mul, scale
+    return (python_operators.add, shift) if scale == 1.0 else None
 
 
 def _has_name(node: Node) -> bool:

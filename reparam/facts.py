@@ -262,13 +262,28 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
     Inputs are taken to be of floating-point numbers, with two exceptions: what arithmetic turns into indices, and
     images that are divided (``image / 255``) before any layer has read them.
     """
+    nodes = list(nodes)
+    live = _live(nodes)
     for node in nodes:
         if node.op == "placeholder" and "dtype" not in node.meta:
-            read_by_layer = any(isinstance(modules.get(str(reader.target)), _LAYERS) for reader in node.users)
-            divided = any(target_name(reader) in ("truediv", "div", "divide") for reader in node.users)
+            readers = [reader for reader in node.users if reader in live]
+            read_by_layer = any(isinstance(modules.get(str(reader.target)), _LAYERS) for reader in readers)
+            divided = any(target_name(reader) in ("truediv", "div", "divide") for reader in readers)
             node.meta["floating"] = read_by_layer or not (divided or _becomes_index(node, modules))
         elif node.op in ("call_function", "call_method"):
             node.meta["floating"] = is_floating(node)
+
+
+def _live(nodes: Iterable[Node]) -> set[Node]:
+    """What the output depends on: a value that nobody uses says nothing about its inputs."""
+    pending = [node for node in nodes if node.op == "output"]
+    found = set(pending)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return found
 
 
 def _becomes_index(node: Node, modules: Mapping[str, nn.Module]) -> bool:

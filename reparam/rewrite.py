@@ -155,6 +155,20 @@ class Graph:
         module = self.modules[str(node.target)]
         return not is_leaf(module) or carries_hooks(module)
 
+    def kernels(self, node: Node) -> int:
+        """Kernels that ``node`` launches."""
+        operator = self.op(node)
+        match operator:
+            case Pad() if facts.target_name(node) == "getitem":
+                return 0
+            case Conv() | ChannelAffine() | Pad() | AveragePool():
+                return kernels_of(operator)
+            case Sum():
+                return max(1, len(operator.terms) - 1)
+        if node.op in ("placeholder", "get_attr", "output") or facts.reads_only_metadata(node):
+            return 0
+        return 1
+
     def path(self, node: Node) -> str:
         """The module path that a remark about ``node`` names."""
         return str(node.target) if node.op == "call_module" else str(node.meta.get("scope", ""))
@@ -356,22 +370,6 @@ def calls(node: Node) -> tuple[str, ...]:
     return (f"{node.op} {facts.target_name(node)} {' '.join(constants)}",)
 
 
-# Cost.
-
-
-def kernels(graph: Graph, node: Node) -> int:
-    """Kernels that a node launches."""
-    operator = graph.op(node)
-    match operator:
-        case Conv() | ChannelAffine() | Pad() | AveragePool():
-            return kernels_of(operator)
-        case Sum():
-            return max(1, len(operator.terms) - 1)
-    if node.op in ("placeholder", "get_attr", "output") or facts.reads_only_metadata(node):
-        return 0
-    return 1
-
-
 # The driver.
 
 
@@ -465,10 +463,10 @@ def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:
 
 def _perform(graph: Graph, rule: Rule, change: Rewrite) -> list[Node]:
     """Apply a rewrite and check that the graph became cheaper."""
-    before = {node: kernels(graph, node) for node in _touched(graph, change)}
+    before = {node: graph.kernels(node) for node in _touched(graph, change)}
     new, erased = graph._apply(change)
     gone = sum(before.get(node, 0) for node in erased)
-    made = sum(kernels(graph, node) for node in new)
+    made = sum(graph.kernels(node) for node in new)
     counted = len([node for node in erased if node.op != "get_attr"])
     if (made, len(new)) >= (gone, counted):
         raise RewriteError(
