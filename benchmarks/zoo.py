@@ -337,7 +337,7 @@ class _Task:
         self.limit = limit
         self.deadline = time.monotonic() + limit
         self.result = Path(folder, f"{row.file}.json")
-        self.process = multiprocessing.get_context("fork").Process(target=work, args=(row, self.result))
+        self.process = multiprocessing.get_context("fork").Process(target=work, args=(row, self.result), daemon=True)
         self.process.start()
 
     def finished(self) -> bool:

@@ -95,7 +95,7 @@ def test_zoo_compiles_what_it_is_asked_for(tmp_path: Path) -> None:
         assert (row["capture"], row["failure"], row["left"]) == ("traced", "", [])
         assert row["peers"]["training graph"]["norms"] == {"batch": row["counts"]["norms"][0]}
         assert row["ours"]["norms"] == {}
-        assert row["ours"]["kernels"] < row["peers"]["torch.fx"]["kernels"]
+        assert row["ours"]["kernels"] < row["peers"]["training graph"]["kernels"]
         assert 0 < row["ours"]["error"] < 1e-4
     assert "| models compiled | 2 of 2 |" in page.read_text()
     assert "| byobnet | test_byobnet | 96x96 | traced | 14 batch / 72 |" in page.read_text()
