@@ -184,7 +184,11 @@ class Row:
 
 
 class _NormKinds(TorchDispatchMode):
-    """Counts normalisations by kind. An instance norm is dispatched as a batch norm that takes its own statistics."""
+    """Counts normalisations by kind.
+
+    A batch norm that takes its own statistics is an instance norm, or the standardisation of a weight. PyTorch composes
+    an RMS norm of arithmetic before it dispatches anything: there it cannot be seen, and only the report counts it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -519,6 +523,8 @@ def markdown(rows: Sequence[Row], threads: int) -> str:
         f"{WRONG_IN_DOUBLE:.0e}. Seconds are of the processor, for `reparam.compile` with all of its verification.",
         "A norm is unexplained when the report has no remark on it. Peers are the training graph itself, torch.fx's",
         "fuser and timm's `reparameterize_model`; one that fails or computes something else is not counted as better.",
+        "Instance norms are batch norms that take their own statistics: the standardisation of a weight is one, too.",
+        "An RMS norm runs as arithmetic, and only the report counts it.",
         "",
         *_table(("", ""), summary(rows).items()),
         "",
