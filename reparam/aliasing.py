@@ -78,27 +78,27 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
     return frozen
 
 
-def _memory(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, set[Node]]:
+def memory(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, set[Node]]:
     """For every value, the nodes that may have made the memory that it lies in."""
-    memory: dict[Node, set[Node]] = {}
+    homes: dict[Node, set[Node]] = {}
     for node in graph.nodes:
         sources = node.all_input_nodes if node.op == "output" or _may_alias(node, modules) else ()
-        memory[node] = set().union(*(memory[source] for source in sources)) or {node}
-    return memory
+        homes[node] = set().union(*(homes[source] for source in sources)) or {node}
+    return homes
 
 
 def writes_to_inputs(graph: Graph, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a call may change the tensors that it is given."""
-    memory = _memory(graph, modules)
+    homes = memory(graph, modules)
     changed = [value for node in graph.nodes if (value := written(node, modules)) is not None]
-    return any(base.op == "placeholder" for value in changed for base in memory[value])
+    return any(base.op == "placeholder" for value in changed for base in homes[value])
 
 
 def inputs_in_outputs(graph: Graph, modules: Mapping[str, nn.Module]) -> set[str]:
     """Names of the inputs that may share memory with an output, so that writing to one changes the other."""
-    memory = _memory(graph, modules)
+    homes = memory(graph, modules)
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    return {str(base.target) for base in memory[output] if base.op == "placeholder"}
+    return {str(base.target) for base in homes[output] if base.op == "placeholder"}
 
 
 def _keep_in_place(frozen: Iterable[Node], modules: MutableMapping[str, nn.Module]) -> None:

@@ -368,6 +368,21 @@ class _State:
                 module.__dict__.update(attributes)
 
 
+def keeps_state(root: nn.Module, call: Callable[[], Any]) -> bool:
+    """Whether a model comes out of a call other than it went in; what it makes at its first call does not count."""
+    modules = list(root.modules())
+    with unchanged(root):
+        call()
+        state = _State(modules)
+        call()
+        return not all(
+            module.__dict__.keys() == state.attributes[module].keys()
+            and all(module.__dict__[name] is value for name, value in state.attributes[module].items())
+            and all(_same_items(module.__dict__[name], old) for name, old in state.contents[module].items())
+            for module in modules
+        )
+
+
 @contextmanager
 def unchanged(model: nn.Module, *, writes: bool = True) -> Iterator[None]:
     """Run a model for a look at it: without its own hooks, and with its state put back afterwards.

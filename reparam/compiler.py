@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.export
 import torch.fx
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from reparam import capture as capturing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
 from reparam.algebra import Conv
-from reparam.errors import ReparamError, VerificationError
+from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
 
@@ -80,7 +81,7 @@ def _collector_paused() -> Iterator[None]:
 
 @_collector_paused()
 def compile(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
     *,
     passes: Sequence[Rule] | None = None,
@@ -92,10 +93,12 @@ def compile(
     """Return the function that a model computes in eval mode, as the fewest, cheapest kernels.
 
     Args:
-        model: Any training-time module, in any mode and floating-point type, on any device. It is not changed.
+        model: Any training-time module, in any mode and floating-point type, on any device; or a program that
+            ``torch.export.export`` made of one in eval mode. It is not changed.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments. They tell ranks and channels
             that the layers do not show, give multiply-adds for the report, and are what the whole model is verified
-            on. The result is not tied to their sizes.
+            on. The result is not tied to their sizes, unless the report says so: where Python decides by sizes that
+            are no batch size, and only ``torch.export`` can read it.
         passes: Rules to apply; :func:`reparam.passes.default` when left out.
         optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more.
         verify: Certify every rewrite in float64 as it happens, and compare the whole model on ``example_inputs`` (or,
@@ -114,6 +117,8 @@ def compile(
     rules = _checked_rules(passes)
     if optimize != "size":
         raise ReparamError(f"optimize={optimize!r} is not known; use 'size'")
+    if isinstance(model, torch.export.ExportedProgram):
+        return _compile(*_read(model, example_inputs, verify), _Options(rules, verify, progress), trainable)
     if not isinstance(model, nn.Module):
         raise ReparamError(
             f"compile takes an nn.Module, not {type(model).__name__}; load a checkpoint into its model first"
@@ -121,7 +126,15 @@ def compile(
     call = None if example_inputs is None else verifying.as_call(example_inputs)
     captured = capturing.capture(model, call)
     reference = _Reference(model, captured, call, verify)
-    options = _Options(rules, verify, progress)
+    if not captured.traced and call is not None:
+        captured, reference = _exported(model, captured, reference, call)
+    return _compile(model, captured, reference, _Options(rules, verify, progress), trainable)
+
+
+def _compile(
+    model: nn.Module, captured: capturing.Capture, reference: _Reference, options: _Options, trainable: bool
+) -> nn.Module:
+    """Everything after capture."""
     name = type(capturing.unwrapped(model)).__name__
     result: nn.Module
     if captured.traced:
@@ -143,6 +156,40 @@ def compile(
     else:
         object.__setattr__(result, "report", report)
     return result
+
+
+def _read(
+    program: torch.export.ExportedProgram, example_inputs: Any, verify: bool
+) -> tuple[nn.Module, capturing.Capture, _Reference]:
+    """An exported program: as a module, captured, and what it returns."""
+    from reparam import exported
+
+    model, captured, call = exported.read(program)
+    call = call if example_inputs is None else verifying.as_call(example_inputs)
+    reference = _Reference(model, captured, call, verify)
+    if not captured.traced:
+        raise CaptureError(f"the exported program cannot be read: {captured.remarks[-1].message}")
+    return model, captured, reference
+
+
+def _exported(
+    model: nn.Module, captured: capturing.Capture, reference: _Reference, call: Call
+) -> tuple[capturing.Capture, _Reference]:
+    """What export makes of a model that cannot be traced; what was there already, with a remark, where that fails."""
+    from reparam import exported
+
+    try:
+        graph = exported.capture(model, call)
+    except CaptureError as error:
+        captured.remarks.append(Remark("capture", "Export", "", str(error)))
+        return captured, reference
+    again = _Reference(model, graph, call, reference.verify)
+    if not graph.traced:
+        captured.remarks.append(replace(graph.remarks[-1], rule="Export"))
+        return captured, reference
+    said = Remark("capture", "Export", "", f"read by torch.export; {captured.remarks[-1].message}")
+    graph.remarks.insert(0, said)
+    return graph, again
 
 
 @dataclass(frozen=True)
@@ -196,6 +243,13 @@ def _compile_graph(
     after = measure.kinds_of_graph(graph.fx, used)
     work = _Work(before, after, outcome.remarks, outcome.certificates, outcome.largest_error)
     return compiled, work.with_parts(parts)
+
+
+def compile_captured(captured: capturing.Capture) -> CompiledModel:
+    """Rewrite a graph that was captured elsewhere, with the default rules; its weights stay where they are."""
+    options = _Options(_checked_rules(None), True, None)
+    reference = _Reference(captured.root, captured, None, False)
+    return _compile_graph(captured, reference, options, "Fused")[0]
 
 
 def _compile_inside(captured: capturing.Capture, reference: _Reference, options: _Options) -> tuple[nn.Module, _Work]:
@@ -416,6 +470,11 @@ class _Shapes(torch.fx.Interpreter):
         """The values of the placeholders, by position or name, on copies of the tensors."""
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, call)
         named = dict(zip(names, args, strict=False)) | kwargs
+        for position, name in enumerate(names):
+            if name.startswith("**"):
+                named[name] = {key: value for key, value in kwargs.items() if key not in names}
+            elif name.startswith("*"):
+                named[name] = args[position:]
         defaults = {node.target: node.args[0] for node in self.graph.nodes if node.op == "placeholder" and node.args}
         return [named[name] if name in named else defaults.get(name) for name in names]
 
