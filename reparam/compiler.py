@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from reparam import aliasing, emit, facts, measure
+from reparam import aliasing, emit, facts, measure, views
 from reparam import capture as capturing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
@@ -119,6 +119,7 @@ def compile(
         return _untraced(captured, reference, trainable)
     modules = captured.modules
     aliasing.make_out_of_place(captured.graph, modules)
+    views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules)
     before = measure.count(graph.fx, modules, measure.parameters_of(model), reference.multiply_adds)
     dtypes, default = _dtypes(modules)
@@ -303,6 +304,7 @@ class _Shapes(torch.fx.Interpreter):
         """Run a node and note its value."""
         with torch.no_grad():
             value = super().run_node(n)
+        facts.note_example(n, value)
         if self.note:
             facts.note_value(n, value)
         return value

@@ -440,7 +440,6 @@ def test_children_of_an_untraceable_root_are_compiled(x: Tensor) -> None:
     assert result.report.after.norms == 1
 
 
-@pytest.mark.xfail(strict=True, reason="no rule moves a norm across a flatten or a reshape")
 def test_a_norm_on_flattened_tokens_is_folded() -> None:
     class Tokens(nn.Module):
         """The linear layer of LeViT (Graham et al. 2021), whose norm sees tokens as a batch."""
