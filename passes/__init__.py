@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 from reparam.passes.affine_chain import AffineAfterAffine
 from reparam.passes.no_op import RemoveNoOp
-from reparam.passes.norm_after import NormAfterLinear
+from reparam.passes.norm_after import NormAfterLinear, NormAfterPassage
 from reparam.passes.norm_before import NormBeforeLinear
-from reparam.passes.padding import PadBeforeConv
+from reparam.passes.padding import CropAfterConv, PadBeforeConv
 from reparam.passes.parallel import ParallelBranches
+from reparam.passes.sequence import ConvAfterConv
 from reparam.rewrite import Rule
 
 __all__ = [
     "AffineAfterAffine",
+    "ConvAfterConv",
+    "CropAfterConv",
     "NormAfterLinear",
+    "NormAfterPassage",
     "NormBeforeLinear",
     "PadBeforeConv",
     "ParallelBranches",
@@ -28,8 +32,11 @@ def default() -> Sequence[Rule]:
     return (
         RemoveNoOp(),
         NormAfterLinear(),
+        NormAfterPassage(),
         AffineAfterAffine(),
         ParallelBranches(),
         NormBeforeLinear(),
         PadBeforeConv(),
+        CropAfterConv(),
+        ConvAfterConv(),
     )

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from torch.fx import Node
 
-from reparam.algebra import AveragePool, ChannelAffine, Conv, parallel
-from reparam.emit import kernels_of
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.errors import AlgebraError
 from reparam.lift import Sum
+from reparam.passes import cost
 from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule, describe
 
-# A merged kernel may compute this much more than its branches did, plus so many multiply-adds per output number
-# and kernel saved: about what it costs to write a feature map and to read it again.
-_GROWTH = 1.5
-_ALLOWANCE = 16
+# Operators in a row that a term is looked through; what is longer is no branch any more.
+_DEEPEST = 6
 
 
 @dataclass(frozen=True)
 class _Term:
-    """``coefficient * operator(source)``; ``node`` holds ``operator(source)``."""
+    """``coefficient * operator(source)``, as a sum reads it.
+
+    Attributes:
+        coefficient: The number.
+        node: Holds ``operator(source)``.
+        operator: All operators of the chain as one, its numbers left out when there are several.
+        source: What the chain reads.
+        chain: The nodes from ``node`` to the one that reads ``source``; none when the sum reads the source itself.
+    """
 
     coefficient: float
     node: Node
-    operator: Conv | ChannelAffine | AveragePool
+    operator: AnyConv | ChannelAffine | AveragePool
     source: Node
+    chain: tuple[Node, ...] = ()
 
     @property
     def is_bare(self) -> bool:
         """Whether the sum reads the source itself."""
-        return self.node is self.source
+        return not self.chain
 
 
 class ParallelBranches(Rule):
@@ -41,6 +49,8 @@ class ParallelBranches(Rule):
     they have the same stride and, for every input size, the same output size; groups with other sources remain.
     Three branches of RepVGG (Ding et al. 2021, arXiv 2101.03697), RepViT's depthwise token mixer (Wang et al. 2024,
     arXiv 2307.09283), a residual around a single convolution and the mean of two linear heads are all this one rule.
+    A term may be several operators in a row, which would not be worth a kernel of their own: the 1x1 convolutions
+    before Sobel kernels of an edge-oriented block, or a low-rank update beside a full matrix.
     """
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
@@ -113,10 +123,25 @@ def _reads(node: Node, graph: Graph) -> Iterator[tuple[Node, Node]]:
 
 
 def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
+    """A term, through as many operators in a row as only it reads and that are one operator together."""
+    bare = _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
     operator = graph.op(node)
-    if isinstance(operator, (Conv, ChannelAffine, AveragePool)) and len(graph.readers(node)) == 1:
-        return _Term(coefficient, node, operator, graph.source(node))
-    return _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
+    if not isinstance(operator, AnyConv | ChannelAffine | AveragePool) or len(graph.readers(node)) != 1:
+        return bare
+    chain, source, whole = [node], graph.source(node), operator
+    while len(chain) < _DEEPEST and len(source.users) == 1:
+        inner = graph.op(source)
+        if not isinstance(inner, Operator):
+            break
+        try:
+            longer = compose(whole, inner, outline=True)
+        except AlgebraError:
+            break
+        if not isinstance(longer, AnyConv | ChannelAffine | AveragePool):
+            break
+        chain.append(source)
+        source, whole = graph.source(source), longer
+    return _Term(coefficient, node, whole, source, tuple(chain))
 
 
 def _merge(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str]) -> list[tuple[float, Node | Apply]]:
@@ -131,40 +156,49 @@ def _merge(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str])
             reasons.append(f"{describe(cluster[0].node)} and {describe(term.node)} stay apart: {obstacle}")
         else:
             clusters.append([term])
-    return [value for cluster in clusters for value in _value(cluster)]
+    return [value for cluster in clusters for value in _value(cluster, graph)]
 
 
 def _size(term: _Term) -> int:
-    return term.operator.multiply_adds if isinstance(term.operator, Conv) else -term.is_bare
+    return term.operator.multiply_adds if isinstance(term.operator, AnyConv) else -term.is_bare
 
 
-def _value(cluster: list[_Term]) -> list[tuple[float, Node | Apply]]:
+def _value(cluster: list[_Term], graph: Graph) -> list[tuple[float, Node | Apply]]:
     if len(cluster) == 1 or all(term.is_bare for term in cluster):
         return [(term.coefficient, term.node) for term in cluster]
-    operator = parallel([term.operator.scaled(term.coefficient) for term in cluster])
+    operator = parallel([_whole(term, graph).scaled(term.coefficient) for term in cluster])
     return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
+
+
+def _whole(term: _Term, graph: Graph) -> AnyConv | ChannelAffine | AveragePool:
+    """The operator of a term with its numbers."""
+    if len(term.chain) < 2:
+        return term.operator
+    whole: Operator = reduce(compose, (_operator(node, graph) for node in term.chain))
+    assert not isinstance(whole, Pad)
+    return whole
+
+
+def _operator(node: Node, graph: Graph) -> Operator:
+    operator = graph.op(node)
+    assert isinstance(operator, Operator)
+    return operator
 
 
 def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
     """Why the terms do not become one operator, or None when they should."""
     if all(term.is_bare for term in cluster):
         return None
-    reading = [*sorted(term.node for term in cluster if not term.is_bare), node]
+    reading = [*sorted(term.chain[-1] for term in cluster if not term.is_bare), node]
     if graph.is_changed_between(cluster[0].source, reading[0], reading[-1]):
         return "their input may be changed in place between them"
     for term in cluster:
-        if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, (Conv, ChannelAffine)):
+        if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, AnyConv | ChannelAffine):
             return f"the shape of {describe(term.node)} is read"
     try:
         merged = parallel([term.operator for term in cluster], outline=True)
     except AlgebraError as reason:
         return str(reason)
-    before = sum(0 if term.is_bare else kernels_of(term.operator) for term in cluster) + len(cluster) - 1
-    saved = before - kernels_of(merged)
-    if saved <= 0:
-        return "one operator would launch as many kernels"
-    if isinstance(merged, Conv):
-        apart = sum(term.operator.multiply_adds for term in cluster if isinstance(term.operator, Conv))
-        if merged.multiply_adds > _GROWTH * apart + _ALLOWANCE * saved * merged.out_channels:
-            return f"one kernel would take {merged.multiply_adds / max(1, apart):.1f} times the multiply-adds"
-    return None
+    kernels = sum(graph.kernels(link) for term in cluster for link in term.chain) + len(cluster) - 1
+    apart = sum(cost.chain([_operator(link, graph) for link in term.chain], merged) for term in cluster)
+    return cost.too_costly(merged, apart, kernels)

@@ -13,11 +13,11 @@ import torch.export
 import torch.fx
 from torch import Tensor, nn
 
-from reparam import aliasing, emit, facts, inside, measure, mentions
+from reparam import aliasing, emit, facts, inside, measure, mentions, views
 from reparam import capture as capturing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
-from reparam.algebra import Conv
+from reparam.algebra import AnyConv
 from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
@@ -233,6 +233,7 @@ def _compile_graph(
     }
     parts = _compile_children(opaque, captured, reference, options)
     aliasing.make_out_of_place(captured.graph, modules)
+    views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules)
     before = measure.kinds_of_graph(graph.fx, modules, parts.replaced)
     outcome = rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)
@@ -482,6 +483,7 @@ class _Shapes(torch.fx.Interpreter):
         """Run a node and note its value."""
         with torch.no_grad():
             value = super().run_node(n)
+        facts.note_example(n, value)
         if self.note:
             facts.note_value(n, value)
         return value
@@ -495,7 +497,7 @@ def _guess_call(captured: capturing.Capture) -> Call | None:
         return None
     for reader in captured.graph.nodes:
         operator = graph.op(reader) if reader.op != "placeholder" else None
-        if isinstance(operator, Conv) and graph.source(reader) is placeholders[0]:
+        if isinstance(operator, AnyConv) and graph.source(reader) is placeholders[0]:
             size = {0: (), 1: (64,), 2: (64, 64), 3: (16, 32, 32)}[operator.dimensions]
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(2, operator.in_channels, *size, generator=generator, dtype=torch.float64)

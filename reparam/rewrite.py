@@ -23,22 +23,30 @@ from torch import nn
 from torch.fx import Node
 
 from reparam import aliasing, facts, measure
-from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad
+from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.capture import carries_hooks
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
 from reparam.lift import Refusal, Sum, is_leaf, lift
 from reparam.report import Remark
-from reparam.verify import certify
+from reparam.verify import Uncertifiable, certify
 
 
 @dataclass(frozen=True)
 class Apply:
-    """``operator(source)``, which equals ``sum(coefficient * term)`` over the terms that it stands for."""
+    """``operator(source)``, which equals ``sum(coefficient * term)`` over the terms that it stands for.
+
+    Attributes:
+        operator: What is applied.
+        source: To what.
+        terms: Pairs of a coefficient and a node.
+        also: Nodes that went into the operator from elsewhere; they have a say in its name.
+    """
 
     operator: Operator
     source: Node
     terms: tuple[tuple[float, Node], ...]
+    also: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,15 @@ class Rewrite:
     Attributes:
         values: What replaces what.
         message: What was done, for the remark.
+        outputs: Nodes that compute what they computed before once all values are replaced. Left out, every value
+            equals its node by itself.
+        through: Nodes that stay, and lie between what is replaced and the outputs.
     """
 
     values: tuple[tuple[Node, Expression], ...]
     message: str
+    outputs: tuple[Node, ...] = ()
+    through: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class Graph:
 
     def op(self, node: Node) -> Operator | Sum | Refusal | None:
         """The operator that ``node`` applies, the sum that it is, or None."""
-        if isinstance(node.target, (Conv, ChannelAffine, AveragePool, Pad)):
+        if isinstance(node.target, Operator):
             return node.target
         if node not in self._lifted:
             self._lifted[node] = lift(node, self.modules)
@@ -123,7 +136,7 @@ class Graph:
 
     def readers(self, node: Node) -> list[Node]:
         """The nodes that read the values of ``node``, not just its shape or type."""
-        return [reader for reader in node.users if not facts.reads_only_metadata(reader)]
+        return [reader for reader in node.users if not facts.reads_only_metadata_of(reader, node)]
 
     def obstacle(self, node: Node, reader: Node) -> str | None:
         """Why ``node`` cannot be absorbed into ``reader``, its reader, or None when it can.
@@ -154,6 +167,20 @@ class Graph:
             return False
         module = self.modules[str(node.target)]
         return not is_leaf(module) or carries_hooks(module)
+
+    def kernels(self, node: Node) -> int:
+        """Kernels that ``node`` launches."""
+        operator = self.op(node)
+        match operator:
+            case Pad() if facts.target_name(node) == "getitem":
+                return 0
+            case Conv() | ConvTranspose() | ChannelAffine() | Pad() | AveragePool():
+                return kernels_of(operator)
+            case Sum():
+                return max(1, len(operator.terms) - 1)
+        if node.op in ("placeholder", "get_attr", "output") or facts.reads_only_metadata(node):
+            return 0
+        return 1
 
     def path(self, node: Node) -> str:
         """The module path that a remark about ``node`` names."""
@@ -205,9 +232,9 @@ class Graph:
         # Where the source is read first: there its value is what all of them read, and every user comes later.
         anchor = region[0] if region else replaced
         with self.fx.inserting_before(anchor):
-            name = {Conv: "conv", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}[type(value.operator)]
+            name = _NAMES[type(value.operator)]
             node = self.fx.create_node("call_function", value.operator, (value.source,), {}, name)
-        node.meta = _merged_meta(region, value.operator, replaced)
+        node.meta = _merged_meta([*region, *value.also], value.operator, replaced)
         return node
 
     def _materialise_add(self, value: Add, replaced: Node) -> tuple[Node, list[Node]]:
@@ -222,7 +249,7 @@ class Graph:
 
         def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
             node = self.fx.call_function(function, args, kwargs)
-            node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank")} | {
+            node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank", "example")} | {
                 "origins": frozenset()
             }
             made.append(node)
@@ -250,7 +277,7 @@ class Graph:
             new += made
             for absorbed, fused in twins.items():
                 twin = next((new for new in made if new.target is fused), None) or self._surviving(absorbed, twins)
-                for reader in [reader for reader in absorbed.users if facts.reads_only_metadata(reader)]:
+                for reader in [user for user in absorbed.users if facts.reads_only_metadata_of(user, absorbed)]:
                     reader.replace_input_with(absorbed, twin)
             node.replace_all_uses_with(result)
             # A sum names its terms, which have just changed.
@@ -305,12 +332,15 @@ class Graph:
         return erased
 
 
+_NAMES = {Conv: "conv", ConvTranspose: "conv_transpose", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}
+
+
 def describe(node: Node) -> str:
     """A value, for a remark: the layer that made it, or the operation."""
     if node.op == "call_module":
         return str(node.target)
-    if node.op == "placeholder":
-        return f"the input {node.target}"
+    if node.op in ("placeholder", "output"):
+        return f"the input {node.target}" if node.op == "placeholder" else "the output"
     where = node.meta.get("scope")
     name = facts.target_name(node) or str(node.name)
     return f"{name} in {where}" if where else name
@@ -324,10 +354,9 @@ def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> 
         "origins": frozenset().union(*(origins(node) for node in region)),
         "calls": tuple(call for node in region for call in calls(node)),
     }
-    if "shape" in replaced.meta:
-        meta["shape"] = replaced.meta["shape"]
+    meta |= {name: replaced.meta[name] for name in ("shape", "example") if name in replaced.meta}
     match operator:
-        case Conv():
+        case Conv() | ConvTranspose():
             meta["channels"] = (operator.out_channels, operator.axis)
             meta["rank"] = meta["rank"] or (operator.dimensions + 2 if operator.dimensions else None)
         case ChannelAffine():
@@ -354,22 +383,6 @@ def calls(node: Node) -> tuple[str, ...]:
         return found
     constants = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
     return (f"{node.op} {facts.target_name(node)} {' '.join(constants)}",)
-
-
-# Cost.
-
-
-def kernels(graph: Graph, node: Node) -> int:
-    """Kernels that a node launches."""
-    operator = graph.op(node)
-    match operator:
-        case Conv() | ChannelAffine() | Pad() | AveragePool():
-            return kernels_of(operator)
-        case Sum():
-            return max(1, len(operator.terms) - 1)
-    if node.op in ("placeholder", "get_attr", "output") or facts.reads_only_metadata(node):
-        return 0
-    return 1
 
 
 # The driver.
@@ -431,7 +444,11 @@ def rewrite(
                 case Rewrite() as change:
                     where = graph.path(node)
                     if verify:
-                        error = certify(graph, change, where, rule.name)
+                        try:
+                            error = certify(graph, change, where, rule.name)
+                        except Uncertifiable as unknown:
+                            missed[node, rule.name] = str(unknown)
+                            continue
                         outcome.certificates += 1
                         outcome.largest_error = max(outcome.largest_error, error)
                     new = _perform(graph, rule, change)
@@ -456,19 +473,36 @@ def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:
     """Remarks for the layers that no rule had any business with: every norm that stays says why."""
     for node in graph.fx.nodes:
         kinds = measure.kinds_of(node, graph.modules) if node.op.startswith("call") and node not in explained else []
-        match graph.op(node):
-            case Refusal(reason) if kinds and kinds[0] != "other":
+        operator = graph.op(node)
+        if isinstance(operator, Refusal) and kinds and kinds[0] != "other":
+            yield Remark("missed", "Lift", graph.path(node), operator.reason)
+        elif kinds.count("norms"):
+            reason = _why_norm_stays(graph, node)
+            if reason is not None:
                 yield Remark("missed", "Lift", graph.path(node), reason)
-            case ChannelAffine() as norm if kinds == ["norms"] and not norm.is_identity:
-                yield Remark("missed", "Lift", graph.path(node), "nothing linear stands next to it")
+
+
+def _why_norm_stays(graph: Graph, node: Node) -> str | None:
+    """Why nothing took a norm in."""
+    match graph.op(node):
+        case ChannelAffine(is_identity=True):
+            return None
+        case ChannelAffine():
+            readers = " and ".join(dict.fromkeys(describe(reader) for reader in graph.readers(node)))
+            return f"nothing linear stands next to it: it reads {describe(graph.source(node))}, read by {readers}"
+    if "frozen" in node.meta:
+        return str(node.meta["frozen"])
+    if graph.is_opaque(node):
+        return "it is inside a module that could not be traced"
+    return "it normalises with statistics of its input, which no constant can replace"
 
 
 def _perform(graph: Graph, rule: Rule, change: Rewrite) -> list[Node]:
     """Apply a rewrite and check that the graph became cheaper."""
-    before = {node: kernels(graph, node) for node in _touched(graph, change)}
+    before = {node: graph.kernels(node) for node in _touched(graph, change)}
     new, erased = graph._apply(change)
     gone = sum(before.get(node, 0) for node in erased)
-    made = sum(kernels(graph, node) for node in new)
+    made = sum(graph.kernels(node) for node in new)
     counted = len([node for node in erased if node.op != "get_attr"])
     if (made, len(new)) >= (gone, counted):
         raise RewriteError(

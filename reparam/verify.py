@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra import ChannelAffine, Conv, Operator
+from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
 from reparam.errors import VerificationError
 from reparam.report import Comparison
 
@@ -35,6 +35,10 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, tor
 # Rewrites.
 
 
+class Uncertifiable(Exception):
+    """A rewrite cannot be run by itself: nothing shows the shapes of what it reads."""
+
+
 def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     """Check that a rewrite computes what it replaces.
 
@@ -46,7 +50,7 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     """
     try:
         return _certify(graph, rewrite, where, rule)
-    except VerificationError:
+    except (VerificationError, Uncertifiable):
         raise
     except Exception as error:
         raise VerificationError(
@@ -58,16 +62,71 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
 def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     from reparam.rewrite import Add, applies
 
+    if rewrite.outputs:
+        return _certify_together(graph, rewrite, where, rule)
     largest = 0.0
     for apply in applies(rewrite):
         for x in _inputs(apply.operator, apply.source):
             terms = _evaluate_terms(graph, apply, x)
-            actual = apply.operator.double()(x) if isinstance(apply.operator, Conv) else apply.operator(x)
+            actual = apply.operator.double()(x) if isinstance(apply.operator, AnyConv) else apply.operator(x)
             largest = max(largest, _check(actual, terms, where, rule))
     for node, value in rewrite.values:
         total = value if isinstance(value, Add) else Add(((1.0, value),))
         largest = max(largest, _check_addition(graph, node, total, where, rule))
     return largest
+
+
+def _certify_together(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
+    """Compare the outputs of a rewrite before and after, on random values of all that is read from outside."""
+    largest = 0.0
+    changed = dict(rewrite.values)
+    for env in _environments(graph, rewrite):
+        for node in rewrite.outputs:
+            try:
+                expected = _evaluate(graph, node, dict(env))
+            except Exception as error:
+                raise Uncertifiable(
+                    f"the shapes on the way are not known ({_first_line(error)}); pass example_inputs"
+                ) from error
+            actual = _evaluate(graph, node, dict(env), changed)
+            largest = max(largest, _check(actual, [expected], where, rule))
+    return largest
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
+    """Random values for what a rewrite reads: of the shapes of an example, or of small ones when one value is read."""
+    from reparam.rewrite import applies
+
+    within = {node for node, _ in rewrite.values} | set(rewrite.through)
+    outside = {
+        source: None for node in within for source in node.all_input_nodes if source not in within
+    }  # in a fixed order
+    read = sorted(node for node in outside if node.op != "get_attr")
+    generator = _generator()
+    if all("example" in node.meta for node in read):
+        yield {node: _like_example(node.meta["example"], generator) for node in read}
+        return
+    sources = {apply.source: apply.operator for apply in applies(rewrite)}
+    tensors = [node for node in read if node.meta.get("kind") != "other"]
+    if len(tensors) != 1:
+        raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
+    # The norm itself, when the operators that take it in read something that it passed.
+    norm = graph.op(next(node for node in (*tensors[0].users, *sources) if node in dict(rewrite.values)))
+    operator = sources.get(tensors[0]) or (norm if isinstance(norm, Operator) else None)
+    if operator is None:
+        raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
+    for x in _inputs(operator, tensors[0]):
+        yield {tensors[0]: x}
+
+
+def _like_example(example: Any, generator: torch.Generator) -> Any:
+    if isinstance(example, torch.Size):
+        return torch.randn(example, dtype=torch.float64, generator=generator)
+    return example
 
 
 def _generator() -> torch.Generator:
@@ -131,6 +190,15 @@ def _inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
             ]
             phases = max(operator.stride)
             shapes = [(1, operator.in_channels, *(size + phase for size in least)) for phase in range(min(phases, 3))]
+        case ConvTranspose():
+            axes = list(zip(operator.growth, operator.extent, operator.stride, strict=True))
+            # One position is enough for the smallest; in the larger one, an output is far from both borders.
+            least = [1 + max(0, -(-growth // stride)) for growth, _, stride in axes]
+            roomy = [
+                n + 2 * (extent // stride + 1) + axis
+                for axis, (n, (_, extent, stride)) in enumerate(zip(least, axes, strict=True))
+            ]
+            shapes = [(1, operator.in_channels, *sizes) for sizes in (least, roomy)]
         case ChannelAffine() if operator.axis is not None:
             rank = max(rank or 0, 1 - operator.axis)
             sizes = list(range(2, 2 + rank))
@@ -143,21 +211,32 @@ def _inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
             shapes = [tuple(range(2, 2 + (rank or 4)))]
     for shape in shapes:
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
-        yield x.to(operator.weight.device if isinstance(operator, Conv) else _device(operator))
+        yield x.to(operator.weight.device if isinstance(operator, AnyConv) else _device(operator))
 
 
 def _device(operator: Operator) -> torch.device:
     return operator.scale.device if isinstance(operator, ChannelAffine) else torch.device("cpu")
 
 
-def _evaluate(graph: Graph, node: Node, env: dict[Node, Any]) -> Any:
-    """The value of a node in float64, with torch's own functions, given the values of some earlier nodes."""
+def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[Node, Any] | None = None) -> Any:
+    """The value of a node in float64, with torch's own functions, given the values of some earlier nodes.
+
+    ``changed`` has what takes the places of some nodes: another node, or an operator applied to one.
+    """
     if node in env:
         return env[node]
 
     def value(item: Node) -> Any:
-        return _evaluate(graph, item, env)
+        return _evaluate(graph, item, env, changed)
 
+    instead = (changed or {}).get(node)
+    if isinstance(instead, Node):
+        env[node] = value(instead)
+        return env[node]
+    if instead is not None:
+        operator = instead.operator.double() if isinstance(instead.operator, AnyConv) else instead.operator
+        env[node] = operator(value(instead.source))
+        return env[node]
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
     match node.op:
         case "placeholder":
@@ -172,7 +251,7 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any]) -> Any:
         case "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         case _:
-            function: Any = node.target.double() if isinstance(node.target, Conv) else node.target
+            function: Any = node.target.double() if isinstance(node.target, AnyConv) else node.target
             result = function(*args, **kwargs)
     env[node] = result
     return result

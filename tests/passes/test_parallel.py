@@ -16,6 +16,7 @@ from networks import (
     as_module,
     assert_same,
     image,
+    layers,
     model,
     normal,
     plans,
@@ -319,3 +320,60 @@ def test_input_that_is_changed_between_the_branches():
     compiled = reparam.compile(net)
     assert reasons(compiled) == ["a and b stay apart: their input may be changed in place between them"]
     assert_same(net, compiled, image(4, 2))
+
+
+# Terms of several operators in a row.
+
+
+def test_low_rank_update_of_a_matrix():
+    net = model(
+        lambda s, x: s.base(x) + 0.5 * s.up(s.down(x)),
+        base=nn.Linear(64, 64), down=nn.Linear(64, 4, bias=False), up=nn.Linear(4, 64, bias=False),
+    )  # fmt: skip
+    _, after = rewritten(net, RULES, torch.zeros(2, 64, dtype=torch.float64))
+    assert after == "%0 = input x\n%1 = linear[64 -> 64, bias](%0)\nreturn %1"
+    assert_same(net, reparam.compile(net), image(64, 0))
+
+
+def test_pointwise_before_depthwise_beside_a_full_kernel():
+    net = model(
+        lambda s, x: s.full(x) + s.depthwise(s.pointwise(x)) + x,
+        full=nn.Conv2d(8, 8, 3, padding=1),
+        pointwise=nn.Conv2d(8, 8, 1, bias=False),
+        depthwise=nn.Conv2d(8, 8, 3, padding=1, groups=8),
+    )
+    _, after = rewritten(net, RULES)
+    assert after == "%0 = input x\n%1 = conv2d[8 -> 8, 3x3, pad 1, bias](%0)\nreturn %1"
+    assert_same(net, reparam.compile(net), image(8, 2))
+
+
+def test_low_rank_branches_alone_stay():
+    net = model(
+        lambda s, x: s.a(s.b(x)) + s.c(s.d(x)),
+        a=nn.Conv2d(4, 256, 1), b=nn.Conv2d(256, 4, 1), c=nn.Conv2d(4, 256, 1), d=nn.Conv2d(256, 4, 1),
+    )  # fmt: skip
+    before, after = rewritten(net, RULES)
+    assert before == after
+    assert_same(net, reparam.compile(net), image(256, 2))
+
+
+@given(st.data(), st.integers(0, 2))
+def test_any_chains_beside_each_other(data, dimensions):
+    """Two branches of up to three operators each, of any geometry, whether or not they can merge."""
+    branches = []
+    for _ in range(2):
+        steps = []
+        channels = 2
+        for _ in range(data.draw(st.integers(1, 3))):
+            steps.append(data.draw(layers(dimensions, channels)))
+            channels = steps[-1].out_features if dimensions == 0 else steps[-1].out_channels
+        branches.append(nn.Sequential(*steps))
+    net = model(lambda s, x: s.a(x) + s.b(x), a=branches[0], b=branches[1])
+    x = normal(2, 2, *(41, 40)[:dimensions]) if dimensions else normal(2, 3, 2)
+    try:
+        net(x)
+    except RuntimeError:  # their shapes do not broadcast
+        return
+    compiled = reparam.compile(net)
+    assert_same(net, compiled, x)
+    assert compiled.report.after.kernels <= compiled.report.before.kernels

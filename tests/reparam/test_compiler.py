@@ -421,10 +421,6 @@ def test_tied_parameters_count_once() -> None:
     assert report.before.parameters == report.after.parameters == 9 + 3 + 3
 
 
-# What is still missing.
-
-
-@pytest.mark.xfail(strict=True, reason="no rule moves a norm across a flatten or a reshape")
 def test_a_norm_on_flattened_tokens_is_folded() -> None:
     class Tokens(nn.Module):
         """The linear layer of LeViT (Graham et al. 2021), whose norm sees tokens as a batch."""

@@ -1,0 +1,49 @@
+"""``outer(inner(x)) -> fused(x)``: an operator takes in the one that it reads."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch.fx import Node
+
+from reparam.algebra import Operator, compose
+from reparam.errors import AlgebraError
+from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
+
+
+class Compose(Rule):
+    """Two operators in a row become one, when nothing else reads the value between them.
+
+    Attributes:
+        outer: Types of the operator that is visited.
+        inner: Types of the operator that it reads.
+    """
+
+    outer: ClassVar[tuple[Any, ...]]
+    inner: ClassVar[tuple[Any, ...]]
+
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+        """One operator for two."""
+        outer = graph.op(node)
+        if not isinstance(outer, self.outer):
+            return None
+        source = graph.source(node)
+        inner = graph.op(source)
+        if not isinstance(inner, self.inner):
+            return None
+        obstacle = graph.obstacle(source, node)
+        if obstacle is not None:
+            return Missed(obstacle)
+        try:
+            obstacle = self.too_costly(outer, inner, graph.kernels(node) + graph.kernels(source))
+            if obstacle is not None:
+                return Missed(obstacle)
+            fused = compose(outer, inner)
+        except AlgebraError as reason:
+            return Missed(str(reason))
+        value = Apply(fused, graph.source(source), ((1.0, node),))
+        return Rewrite(((node, value),), f"folded {describe(node)} into {describe(source)}")
+
+    def too_costly(self, outer: Operator, inner: Operator, kernels: int) -> str | None:
+        """Why one operator would not be faster than the two, which launch ``kernels`` kernels; None when it would."""
+        return None

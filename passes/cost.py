@@ -1,0 +1,59 @@
+"""When one kernel is worth having instead of several.
+
+A merged kernel may compute a little more than what it replaces: it saves the writing and reading of a feature map for
+every kernel that is no longer launched. Costs are multiply-adds for one position of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from reparam.algebra import AnyConv, AveragePool, Conv, ConvTranspose, Operator
+from reparam.emit import kernels_of
+
+# So much more may be computed, plus so many multiply-adds per output number and kernel saved: about what it costs to
+# write a feature map and to read it again.
+GROWTH = 1.5
+ALLOWANCE = 16
+
+
+def chain(operators: Sequence[Operator], merged: Operator) -> float:
+    """Multiply-adds for one output position of operators in a row, the last one first.
+
+    Args:
+        operators: What runs, from the output to the input.
+        merged: The one operator that equals all of them, which knows the channels.
+    """
+    total, positions = 0.0, 1.0
+    channels = merged.out_channels if isinstance(merged, AnyConv) else 1
+    for operator in operators:
+        match operator:
+            case Conv():
+                total += positions * operator.multiply_adds
+                positions *= math.prod(operator.stride)
+                channels = operator.in_channels
+            case ConvTranspose():
+                total += positions * operator.multiply_adds
+                positions /= math.prod(operator.stride)
+                channels = operator.in_channels
+            case AveragePool():
+                total += positions * channels * math.prod(operator.kernel_size)
+                positions *= math.prod(operator.stride)
+    return total
+
+
+def too_costly(merged: Operator, apart: float, kernels: int) -> str | None:
+    """Why a merged operator is no gain, or None when it is.
+
+    Args:
+        merged: The one operator; its numbers do not matter.
+        apart: Multiply-adds of what it replaces, for one output position.
+        kernels: Kernels that it replaces.
+    """
+    saved = kernels - kernels_of(merged)
+    if saved <= 0:
+        return "one operator would launch as many kernels"
+    if isinstance(merged, AnyConv) and merged.multiply_adds > GROWTH * apart + ALLOWANCE * saved * merged.out_channels:
+        return f"one kernel would take {merged.multiply_adds / max(1.0, apart):.1f} times the multiply-adds"
+    return None
