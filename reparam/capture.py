@@ -33,6 +33,7 @@ from torch.fx.proxy import Attribute, Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam import aliasing, facts
+from reparam.constants import has_activation, meeting_activations
 from reparam.errors import CaptureError
 from reparam.report import Remark
 
@@ -99,7 +100,7 @@ def trace(
     state = _State(modules.values())
     tracer = _Tracer(modules, example_inputs, state, assume_tensor)
     try:
-        with torch.no_grad(), _NoSideEffects(storages), _forward_only():
+        with torch.no_grad(), _NoSideEffects(storages), _forward_only(), meeting_activations(tracer.call_on_constant):
             _move_forward_to_class(root)
             graph = tracer.trace(root, tracer.fixed_arguments(root))
             for module in modules.values():
@@ -540,7 +541,16 @@ class _Value(Proxy):
             return rank
         if name in ("dim", "ndimension") and rank is not None:
             return lambda: rank
-        return Attribute(self, name)
+        return _Device(self, name) if name == "device" else Attribute(self, name)
+
+
+class _Device(Attribute):
+    """Where an activation lies. Its type is known when all tensors of the model lie on devices of one type."""
+
+    @property
+    def type(self) -> Any:
+        known = self.tracer.device_type  # type: ignore[attr-defined]
+        return Attribute(self, "type") if known is None else known
 
 
 def _in_place(name: str) -> Callable[[_Value, Any], Any]:
@@ -587,6 +597,9 @@ class _Tracer(torch.fx.Tracer):
         self.names: dict[int, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.arguments: list[str] = []
+        devices = {tensor.device.type for module in modules.values() for _, tensor in _tensors(module)}
+        self.device_type = devices.pop() if len(devices) == 1 else None
+        self.dtypes = {tensor.dtype for module in modules.values() for _, tensor in _tensors(module)}
 
     # Arguments of the root.
 
@@ -663,6 +676,13 @@ class _Tracer(torch.fx.Tracer):
             return node
         return super().create_arg(a)
 
+    def call_on_constant(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call on a constant; moving it to where the activations are is no call, it is there already."""
+        moved = [*args[1:], *kwargs.values()] if target == "to" and isinstance(args[0], Tensor) else []
+        if moved and self.device_type is not None and all(_is_place(value, args[0], self.dtypes) for value in moved):
+            return args[0]
+        return self.create_proxy(kind, target, args, kwargs)
+
     # Modules.
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -703,9 +723,19 @@ class _Tracer(torch.fx.Tracer):
             self.remarks.append(Remark("capture", "Trace", path, reason))
             return self._call_leaf(m, path, args, kwargs)
 
-    def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
+    def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        if not carries_hooks(m) and not has_activation(args) and not has_activation(kwargs):
+            return m.forward(*args, **kwargs)
         with torch.fx.proxy.ScopeContextManager(self.scope, torch.fx.proxy.Scope(path, type(m))):
             return self.create_proxy("call_module", path, args, kwargs)
+
+
+def _is_place(value: Any, constant: Tensor, dtypes: set[torch.dtype]) -> bool:
+    """Whether a value is the device of an activation, or its type where everything has that of the constant."""
+    if not issubclass(type(value), Attribute):
+        return False
+    same_type = constant.is_floating_point() and sum(dtype.is_floating_point for dtype in dtypes) == 1
+    return value.attr == "device" or (value.attr == "dtype" and same_type)
 
 
 def carries_hooks(module: nn.Module) -> bool:
