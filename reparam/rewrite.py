@@ -174,8 +174,8 @@ class Graph:
         """Kernels that ``node`` launches."""
         operator = self.op(node)
         match operator:
-            case Pad() if facts.target_name(node) == "getitem":
-                return 0
+            case Conv() | Pad() | AveragePool() if facts.target_name(node) == "getitem":
+                return 0  # a view
             case Conv() | ConvTranspose() | ChannelAffine() | Pad() | AveragePool():
                 return kernels_of(operator)
             case Sum():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
+from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import VerificationError
 from reparam.report import Comparison
 
@@ -114,11 +114,10 @@ def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
     tensors = [node for node in read if node.meta.get("kind") != "other"]
     if len(tensors) != 1:
         raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
-    # The norm itself, when the operators that take it in read something that it passed.
-    norm = graph.op(next(node for node in (*tensors[0].users, *sources) if node in dict(rewrite.values)))
-    operator = sources.get(tensors[0]) or (norm if isinstance(norm, Operator) else None)
-    if operator is None:
-        raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
+    # The norm itself, when the operators that take it in read something that it passed; any sizes will do for views.
+    replaced = [graph.op(node) for node, _ in rewrite.values if tensors[0] in node.all_input_nodes]
+    operators = [sources.get(tensors[0]), *replaced]
+    operator = next((found for found in operators if isinstance(found, Operator)), Pad(()))
     for x in _inputs(operator, tensors[0]):
         yield {tensors[0]: x}
 
