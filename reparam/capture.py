@@ -75,7 +75,10 @@ def capture(model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, A
     Raises:
         CaptureError: The model cannot be copied or has parameters without values.
     """
+    from reparam import parameters
+
     root = private_copy(model)
+    parameters.settle(root)
     return trace(root, example_inputs)
 
 
@@ -578,5 +581,8 @@ class _Tracer(torch.fx.Tracer):
 
 
 def carries_hooks(module: nn.Module) -> bool:
-    """Whether something runs beside a module's forward that a fused kernel would drop."""
-    return any(module.__dict__.get(name) for name in _HOOKS)
+    """Whether something runs beside a module's forward that a fused kernel would drop.
+
+    Besides hooks, these are parametrizations that do more than compute numbers from numbers.
+    """
+    return "parametrizations" in module._modules or any(module.__dict__.get(name) for name in _HOOKS)

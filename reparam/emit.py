@@ -134,6 +134,9 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
     Returns:
         Module or tensor for every name that the graph uses.
     """
+    for node in graph.fx.nodes:
+        _take_as_operator(graph, node)
+    graph.fx.eliminate_dead_code(lambda node: node.op != "get_attr")
     used = {str(node.target): _lookup(graph, str(node.target)) for node in graph.fx.nodes if _has_name(node)}
     _rename_reserved(graph, used)
     names = _Names(graph, used)
@@ -156,7 +159,7 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         if path is None or not _computes(used[path], operator):
             # A norm may be more precise than the convolution before it, which reads what the model's input is.
             largest = max(sorted(origins & dtypes.keys()), key=lambda origin: names.sizes.get(origin, 0), default=None)
-            dtype = default if largest is None else dtypes[largest]
+            dtype = node.meta.get("precision") or (default if largest is None else dtypes[largest])
             path = shared[key] = names.take(node)
             used[path] = layer(operator, dtype)
         source = graph.source(node)
@@ -165,6 +168,20 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         with graph.fx.inserting_before(node):
             _replace(graph, node, graph.fx.call_module(path, (source,)))
     return used
+
+
+def _take_as_operator(graph: Graph, node: Node) -> None:
+    """A convolution that nothing fused with becomes a layer, too, where its model calls a function for it.
+
+    Its kernel may have been computed from parameters, by a program that runs no longer.
+    """
+    from reparam.rewrite import calls, origins
+
+    operator = graph.op(node) if node.op == "call_function" and not isinstance(node.target, Operator) else None
+    if isinstance(operator, Conv):
+        source = graph.source(node)
+        node.meta.update(origins=origins(node), calls=calls(node), precision=operator.weight.dtype)
+        node.target, node.args, node.kwargs = operator, (source,), {}  # type: ignore[assignment]
 
 
 def _single_number(operator: Operator) -> tuple[Any, float] | None:
