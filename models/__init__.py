@@ -1,9 +1,10 @@
-"""Training-time networks that reparam knows by name, RepViT first.
+"""Training-time networks that reparam knows by name, RepViT first, and the blocks that networks are made of.
 
 >>> from reparam import models
 >>> model = models.create("repvit_m0_9", num_classes=10)
 """
 
+from reparam.models import blocks
 from reparam.models.registry import ModelEntry, create, entry, names, recognise, register
 from reparam.models.repvit import (
     RepViT,
@@ -22,6 +23,7 @@ from reparam.models.repvit import (
 __all__ = [
     "ModelEntry",
     "RepViT",
+    "blocks",
     "create",
     "entry",
     "names",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -87,12 +87,18 @@ def entry(name: str) -> ModelEntry:
     Raises:
         ModelError: If there is none; the message lists the names that look like it.
     """
-    if name in _ENTRIES:
-        return _ENTRIES[name]
+    if name not in _ENTRIES:
+        raise unknown("model", name, _ENTRIES)
+    return _ENTRIES[name]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
+    """The error for a name that is not known: with the names that look like it, or else with all."""
+    known = list(known)
     spelled = re.sub(r"\W", "_", name.lower())  # RepViT-M0.9 is how the papers write it
-    close = difflib.get_close_matches(spelled, _ENTRIES)
-    advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(_ENTRIES)}"
-    raise ModelError(f"there is no model named '{name}': {advice}")
+    close = difflib.get_close_matches(spelled, known)
+    advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+    return ModelError(f"there is no {kind} named '{name}': {advice}")
 
 
 def create(name: str, **options: object) -> nn.Module:

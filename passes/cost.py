@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from reparam.algebra import AveragePool, Conv, Operator
+from reparam.algebra import AnyConv, AveragePool, Conv, ConvTranspose, Operator
 from reparam.emit import kernels_of
 
 # So much more may be computed, plus so many multiply-adds per output number and kernel saved: about what it costs to
@@ -25,13 +25,17 @@ def chain(operators: Sequence[Operator], merged: Operator) -> float:
         operators: What runs, from the output to the input.
         merged: The one operator that equals all of them, which knows the channels.
     """
-    total, positions = 0.0, 1
-    channels = merged.out_channels if isinstance(merged, Conv) else 1
+    total, positions = 0.0, 1.0
+    channels = merged.out_channels if isinstance(merged, AnyConv) else 1
     for operator in operators:
         match operator:
             case Conv():
                 total += positions * operator.multiply_adds
                 positions *= math.prod(operator.stride)
+                channels = operator.in_channels
+            case ConvTranspose():
+                total += positions * operator.multiply_adds
+                positions /= math.prod(operator.stride)
                 channels = operator.in_channels
             case AveragePool():
                 total += positions * channels * math.prod(operator.kernel_size)
@@ -50,6 +54,6 @@ def too_costly(merged: Operator, apart: float, kernels: int) -> str | None:
     saved = kernels - kernels_of(merged)
     if saved <= 0:
         return "one operator would launch as many kernels"
-    if isinstance(merged, Conv) and merged.multiply_adds > GROWTH * apart + ALLOWANCE * saved * merged.out_channels:
+    if isinstance(merged, AnyConv) and merged.multiply_adds > GROWTH * apart + ALLOWANCE * saved * merged.out_channels:
         return f"one kernel would take {merged.multiply_adds / max(1.0, apart):.1f} times the multiply-adds"
     return None

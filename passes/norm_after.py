@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra import ChannelAffine, Conv
+from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
 from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
 
@@ -19,7 +19,7 @@ class NormAfterLinear(Rule):
             return None
         source = graph.source(node)
         conv = graph.op(source)
-        if not isinstance(conv, Conv):
+        if not isinstance(conv, AnyConv):
             return None
         obstacle = graph.obstacle(source, node)
         if obstacle is not None:

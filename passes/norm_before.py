@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra import ChannelAffine, Conv
+from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
 from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
 
@@ -22,11 +22,11 @@ class NormBeforeLinear(Rule):
             return None
         readers = graph.readers(node)
         operators = [graph.op(reader) for reader in readers]
-        if not any(isinstance(operator, Conv) for operator in operators):
+        if not any(isinstance(operator, AnyConv) for operator in operators):
             return None
         values = []
         for reader, operator in zip(readers, operators, strict=True):
-            if not isinstance(operator, Conv):
+            if not isinstance(operator, AnyConv):
                 return Missed(f"it is also read by {describe(reader)}, which cannot take it in")
             try:
                 fused = operator.after(norm)

@@ -8,7 +8,7 @@ from functools import reduce
 
 from torch.fx import Node
 
-from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad, compose, parallel
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.errors import AlgebraError
 from reparam.lift import Sum
 from reparam.passes import cost
@@ -32,7 +32,7 @@ class _Term:
 
     coefficient: float
     node: Node
-    operator: Conv | ChannelAffine | AveragePool
+    operator: AnyConv | ChannelAffine | AveragePool
     source: Node
     chain: tuple[Node, ...] = ()
 
@@ -126,18 +126,18 @@ def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
     """A term, through as many operators in a row as only it reads and that are one operator together."""
     bare = _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
     operator = graph.op(node)
-    if not isinstance(operator, (Conv, ChannelAffine, AveragePool)) or len(graph.readers(node)) != 1:
+    if not isinstance(operator, AnyConv | ChannelAffine | AveragePool) or len(graph.readers(node)) != 1:
         return bare
     chain, source, whole = [node], graph.source(node), operator
     while len(chain) < _DEEPEST and len(source.users) == 1:
         inner = graph.op(source)
-        if not isinstance(inner, (Conv, ChannelAffine, AveragePool, Pad)):
+        if not isinstance(inner, Operator):
             break
         try:
             longer = compose(whole, inner, outline=True)
         except AlgebraError:
             break
-        if not isinstance(longer, (Conv, ChannelAffine, AveragePool)):
+        if not isinstance(longer, AnyConv | ChannelAffine | AveragePool):
             break
         chain.append(source)
         source, whole = graph.source(source), longer
@@ -160,7 +160,7 @@ def _merge(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str])
 
 
 def _size(term: _Term) -> int:
-    return term.operator.multiply_adds if isinstance(term.operator, Conv) else -term.is_bare
+    return term.operator.multiply_adds if isinstance(term.operator, AnyConv) else -term.is_bare
 
 
 def _value(cluster: list[_Term], graph: Graph) -> list[tuple[float, Node | Apply]]:
@@ -170,7 +170,7 @@ def _value(cluster: list[_Term], graph: Graph) -> list[tuple[float, Node | Apply
     return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
 
 
-def _whole(term: _Term, graph: Graph) -> Conv | ChannelAffine | AveragePool:
+def _whole(term: _Term, graph: Graph) -> AnyConv | ChannelAffine | AveragePool:
     """The operator of a term with its numbers."""
     if len(term.chain) < 2:
         return term.operator
@@ -181,7 +181,7 @@ def _whole(term: _Term, graph: Graph) -> Conv | ChannelAffine | AveragePool:
 
 def _operator(node: Node, graph: Graph) -> Operator:
     operator = graph.op(node)
-    assert isinstance(operator, (Conv, ChannelAffine, AveragePool, Pad))
+    assert isinstance(operator, Operator)
     return operator
 
 
@@ -193,7 +193,7 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
     if graph.is_changed_between(cluster[0].source, reading[0], reading[-1]):
         return "their input may be changed in place between them"
     for term in cluster:
-        if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, (Conv, ChannelAffine)):
+        if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, AnyConv | ChannelAffine):
             return f"the shape of {describe(term.node)} is read"
     try:
         merged = parallel([term.operator for term in cluster], outline=True)

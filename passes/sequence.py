@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reparam.algebra import AveragePool, Conv, Operator, compose
+from reparam.algebra import AnyConv, AveragePool, Operator, compose
 from reparam.passes import cost
 from reparam.passes.compose import Compose
 
@@ -15,8 +15,8 @@ class ConvAfterConv(Compose):
     and a depthwise before a pointwise convolution stay what they are.
     """
 
-    outer = (Conv, AveragePool)
-    inner = (Conv, AveragePool)
+    outer = (AnyConv, AveragePool)
+    inner = (AnyConv, AveragePool)
 
     def too_costly(self, outer: Operator, inner: Operator, kernels: int) -> str | None:
         """The multiply-adds of the one kernel against those of the two."""

@@ -6,6 +6,7 @@
 from reparam import algebra, errors, lift, passes
 from reparam.compiler import compile, explain
 from reparam.errors import ReparamError, VerificationError
+from reparam.expand import expand
 from reparam.report import Comparison, Counts, Remark, Report
 from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule
 from reparam.storage import load, save
@@ -29,6 +30,7 @@ __all__ = [
     "algebra",
     "compile",
     "errors",
+    "expand",
     "explain",
     "lift",
     "load",

@@ -1,26 +1,27 @@
 """Linear operators on feature maps, and the exact ways in which they combine.
 
 Every operator here acts on an activation of shape ``(..., channels, *space)`` and is linear up to a constant:
-a convolution of any dimension, a matrix product on the last axis (a convolution without space), a per-channel
-scale and shift, a padding, an average pool. The combinators compute in float64 whatever precision the weights
-came in, and either return an operator that equals the combination for *every* input of every size, or raise
+a convolution of any dimension, a transposed one, a matrix product on the last axis (a convolution without space), a
+per-channel scale and shift, a padding, an average pool. The combinators compute in float64 whatever precision the
+weights came in, and either return an operator that equals the combination for *every* input of every size, or raise
 :class:`~reparam.errors.AlgebraError` with the reason why there is none.
 
 A convolution is described by where its taps lie: output ``o`` reads input ``stride * o + offset`` for the offsets
 ``dilation * j - before``, and ``before``, ``after`` is the padding on the two sides of an axis (negative values
 crop). Two convolutions are aligned by these offsets, not by the centres of their kernels, so even sizes, asymmetric
-paddings and shifted kernels need no special cases.
+paddings and shifted kernels need no special cases. A transposed convolution has the same offsets the other way round:
+input ``i`` writes to output ``stride * i + offset``.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import EllipsisType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,19 @@ from torch import Tensor
 
 from reparam.errors import AlgebraError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Ints: TypeAlias = tuple[int, ...]
 Padding: TypeAlias = tuple[tuple[int, int], ...]
 
 ZEROS = "zeros"
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+# Relative to the largest term: what adding the same numbers in another order may change.
+_ROUNDING = 1e-13
+
+_SPREAD: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
@@ -159,22 +167,19 @@ def _on_common_channels(
 
 
 @dataclass(frozen=True, eq=False)
-class Conv:
-    """``W * x + b``: cross-correlation over the last ``dimensions`` axes, channels on the axis before them.
+class Weighted:
+    """What a convolution and a transposed one share: weights at taps, over the last ``dimensions`` axes.
+
+    The channels are on the axis before those. The taps of an axis lie at ``dilation * j - before``.
 
     Attributes:
         weight: Shape ``(out_channels, in_channels // groups, *kernel_size)``, in any floating-point precision.
         bias: Shape ``(out_channels,)`` or None; kept in float64.
         stride: One number an axis; 1 when left out. Likewise ``dilation``.
-        padding: ``(before, after)`` an axis; (0, 0) when left out. Negative amounts crop.
+        padding: ``(before, after)`` an axis; (0, 0) when left out.
         groups: Number of blocks of channels that do not mix.
-        padding_mode: What the padding reads: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
         gain: Shape ``(out_channels,)``: what every output channel's kernel is to be multiplied by, or None. Kept
             apart, so that a norm is folded in without a copy of the kernel; :attr:`kernel` is the product.
-
-    Raises:
-        AlgebraError: One axis is cropped on one side and reflected, replicated or wrapped on the other, where
-            it matters which of the two comes first.
     """
 
     weight: Tensor
@@ -183,8 +188,7 @@ class Conv:
     padding: Padding = ()
     dilation: Ints = ()
     groups: int = 1
-    padding_mode: str = ZEROS
-    gain: Tensor | None = None
+    gain: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", self.weight.detach())
@@ -194,10 +198,6 @@ class Conv:
         for name, default in (("stride", 1), ("dilation", 1), ("padding", (0, 0))):
             if not getattr(self, name):
                 object.__setattr__(self, name, (default,) * space)
-        if not any(before > 0 or after > 0 for before, after in self.padding):
-            object.__setattr__(self, "padding_mode", ZEROS)
-        if self.padding_mode != ZEROS and any(min(pair) < 0 < max(pair) for pair in self.padding):
-            raise AlgebraError(f"a crop beside {self.padding_mode} padding")
 
     # What it is.
 
@@ -241,12 +241,126 @@ class Conv:
 
     @property
     def growth(self) -> Ints:
-        """Output size minus input size of every axis at stride 1.
+        """Padding minus extent of every axis: output size minus input size of a convolution at stride 1.
 
-        Two convolutions of the same stride give the same output size for every input size exactly when this agrees:
-        the size is ``(input + growth - 1) // stride + 1``.
+        Two of the same stride give the same output size for every input size exactly when this agrees: the size is
+        ``(input + growth - 1) // stride + 1``, transposed ``stride * (input - 1) + 1 - growth``.
         """
         return tuple(sum(pair) - extent for pair, extent in zip(self.padding, self.extent, strict=True))
+
+    # One operator, written differently.
+
+    def double(self) -> Self:
+        """The same operator with its numbers in float64."""
+        return replace(self, weight=self.kernel, gain=None)
+
+    def regroup(self, groups: int) -> Self:
+        """The same operator in fewer groups: a block-diagonal kernel, zero between the old groups.
+
+        Raises:
+            AlgebraError: ``groups`` does not divide the present number.
+        """
+        if groups == self.groups:
+            return self
+        if self.groups % groups:
+            raise AlgebraError(f"{self.groups} groups cannot be written as {groups}")
+        blocks = self.groups // groups
+        rows, columns = self.out_channels // self.groups, self.weight.shape[1]
+        old = self.weight.reshape(groups, blocks, rows, columns, *self.kernel_size)
+        new = old.new_zeros(groups, blocks, rows, blocks, columns, *self.kernel_size)
+        new.diagonal(dim1=1, dim2=3).copy_(old.movedim(1, -1))
+        weight = new.reshape(self.out_channels, blocks * columns, *self.kernel_size)
+        return replace(self, weight=weight, groups=groups)
+
+    def widen(self, taps: Padding) -> Self:
+        """The same operator with ``(before, after)`` more taps of weight zero on the two sides of every axis."""
+        padding = tuple(
+            (before + d * more[0], after + d * more[1])
+            for (before, after), d, more in zip(self.padding, self.dilation, taps, strict=True)
+        )
+        return replace(self, weight=F.pad(self.weight, _flat_padding(taps)), padding=padding)
+
+    def undilate(self) -> Self:
+        """The same operator with dilation 1: zeros between the taps."""
+        if all(d == 1 for d in self.dilation):
+            return self
+        lattice = [_Lattice(taps.first, 1, taps.last - taps.first + 1) for taps in self._lattices]
+        return replace(self, weight=self._on(lattice), dilation=(1,) * self.dimensions)
+
+    @property
+    def _lattices(self) -> list[_Lattice]:
+        """Where the taps of every axis lie."""
+        return [
+            _Lattice(-before, step, count)
+            for (before, _), step, count in zip(self.padding, self.dilation, self.kernel_size, strict=True)
+        ]
+
+    def _on(self, lattice: Sequence[_Lattice]) -> Tensor:
+        """The weight spread over a lattice of taps that contains its own, zero elsewhere."""
+        if self.kernel_size == tuple(taps.count for taps in lattice):
+            return self.weight
+        weight = self.weight.new_zeros(*self.weight.shape[:2], *(taps.count for taps in lattice))
+        weight[_within(self._lattices, lattice)] = self.weight
+        return weight
+
+    def _rows(self, vector: Tensor) -> Tensor:
+        """A number for every input channel, laid out like the kernel's first two axes."""
+        columns = self.weight.shape[1]
+        grouped = vector.reshape(self.groups, 1, columns)
+        spread = grouped.expand(self.groups, self.out_channels // self.groups, columns)
+        return spread.reshape(self.out_channels, columns, *[1] * self.dimensions)
+
+    def _flipped(self) -> dict[str, Any]:
+        """What the other kind of convolution, which does the same at stride 1, is made of.
+
+        Raises:
+            AlgebraError: This one has a stride, and no other kind does the same.
+        """
+        if any(s != 1 for s in self.stride):
+            raise AlgebraError(f"the convolution has a stride of {self.stride}")
+        padding = tuple((e - before, e - after) for (before, after), e in zip(self.padding, self.extent, strict=True))
+        weight = self.weight.flip(tuple(range(2, self.weight.dim()))).contiguous()
+        shared = {name: getattr(self, name) for name in ("bias", "dilation", "groups", "gain")}
+        return {"weight": weight, "padding": padding, **shared}
+
+    # Combined with other operators.
+
+    def scaled(self, factor: float) -> Self:
+        """``factor * self(x)``."""
+        return self.then(ChannelAffine.uniform(factor, device=self.weight.device))
+
+    def then(self, norm: ChannelAffine) -> Self:
+        """``s (W*x + b) + t = (sW)*x + (sb + t)``, exact for every padding, stride, dilation and group count.
+
+        Raises:
+            AlgebraError: The scale is along another axis, or broadcasts to more channels.
+        """
+        scale, shift = norm.on(self.out_channels, self.axis, self.weight.device)
+        bias = _add(None if self.bias is None else scale * self.bias, shift)
+        return replace(self, gain=scale if self.gain is None else scale * self.gain, bias=bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Weighted):
+    """``W * x + b``: cross-correlation. Output ``o`` reads input ``stride * o + dilation * j - before``.
+
+    Attributes:
+        padding: Negative amounts crop.
+        padding_mode: What the padding reads: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+
+    Raises:
+        AlgebraError: One axis is cropped on one side and reflected, replicated or wrapped on the other, where
+            it matters which of the two comes first.
+    """
+
+    padding_mode: str = ZEROS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not any(before > 0 or after > 0 for before, after in self.padding):
+            object.__setattr__(self, "padding_mode", ZEROS)
+        if self.padding_mode != ZEROS and any(min(pair) < 0 < max(pair) for pair in self.padding):
+            raise AlgebraError(f"a crop beside {self.padding_mode} padding")
 
     @property
     def is_pointwise(self) -> bool:
@@ -283,30 +397,6 @@ class Conv:
         convolve = _CONVOLVE[self.dimensions]
         return convolve(x, self.kernel.to(x.dtype), bias, self.stride, 0, self.dilation, self.groups)
 
-    # One operator, written differently.
-
-    def double(self) -> Conv:
-        """The same operator with its numbers in float64."""
-        return replace(self, weight=self.kernel, gain=None)
-
-    def regroup(self, groups: int) -> Conv:
-        """The same operator in fewer groups: a block-diagonal kernel, zero between the old groups.
-
-        Raises:
-            AlgebraError: ``groups`` does not divide the present number.
-        """
-        if groups == self.groups:
-            return self
-        if self.groups % groups:
-            raise AlgebraError(f"{self.groups} groups cannot be written as {groups}")
-        blocks = self.groups // groups
-        rows, columns = self.out_channels // self.groups, self.weight.shape[1]
-        old = self.weight.reshape(groups, blocks, rows, columns, *self.kernel_size)
-        new = old.new_zeros(groups, blocks, rows, blocks, columns, *self.kernel_size)
-        new.diagonal(dim1=1, dim2=3).copy_(old.movedim(1, -1))
-        weight = new.reshape(self.out_channels, blocks * columns, *self.kernel_size)
-        return replace(self, weight=weight, groups=groups)
-
     def widen(self, taps: Padding) -> Conv:
         """The same operator with ``(before, after)`` more taps of weight zero on the two sides of every axis.
 
@@ -315,52 +405,37 @@ class Conv:
         """
         if self.padding_mode != ZEROS:
             raise AlgebraError(f"a kernel with {self.padding_mode} padding cannot grow")
-        padding = tuple(
-            (before + d * more[0], after + d * more[1])
-            for (before, after), d, more in zip(self.padding, self.dilation, taps, strict=True)
-        )
-        return replace(self, weight=F.pad(self.weight, _flat_padding(taps)), padding=padding)
+        return super().widen(taps)
 
-    def undilate(self) -> Conv:
-        """The same operator with dilation 1: zeros between the taps."""
-        if all(d == 1 for d in self.dilation):
-            return self
-        lattice = [_Lattice(taps.first, 1, taps.last - taps.first + 1) for taps in self._lattices]
-        return replace(self, weight=self._on(lattice), dilation=(1,) * self.dimensions)
-
-    @property
-    def _lattices(self) -> list[_Lattice]:
-        """Where the taps of every axis lie."""
-        return [
-            _Lattice(-before, step, count)
-            for (before, _), step, count in zip(self.padding, self.dilation, self.kernel_size, strict=True)
-        ]
-
-    def _on(self, lattice: Sequence[_Lattice]) -> Tensor:
-        """The weight spread over a lattice of taps that contains its own, zero elsewhere."""
-        if self.kernel_size == tuple(taps.count for taps in lattice):
-            return self.weight
-        weight = self.weight.new_zeros(*self.weight.shape[:2], *(taps.count for taps in lattice))
-        weight[_within(self._lattices, lattice)] = self.weight
-        return weight
-
-    # Combined with other operators.
-
-    def scaled(self, factor: float) -> Conv:
-        """``factor * self(x)``."""
-        return self.then(ChannelAffine.uniform(factor, device=self.weight.device))
-
-    def then(self, norm: ChannelAffine) -> Conv:
-        """``s (W*x + b) + t = (sW)*x + (sb + t)``, exact for every padding, stride, dilation and group count.
+    def adjoint(self) -> ConvTranspose:
+        """The transposed convolution that writes where this one reads, without a bias.
 
         Raises:
-            AlgebraError: The scale is along another axis, or broadcasts to more channels.
+            AlgebraError: The padding is not of zeros.
         """
-        scale, shift = norm.on(self.out_channels, self.axis, self.weight.device)
-        bias = _add(None if self.bias is None else scale * self.bias, shift)
-        return replace(self, gain=scale if self.gain is None else scale * self.gain, bias=bias)
+        if self.padding_mode != ZEROS:
+            raise AlgebraError(f"the convolution has {self.padding_mode} padding")
+        weight = _exchange(self.kernel, self.groups)
+        return ConvTranspose(weight, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def after(self, inner: Operator, *, outline: bool = False) -> Conv:
+    def as_transposed(self) -> ConvTranspose:
+        """The same operator as a transposed convolution.
+
+        Raises:
+            AlgebraError: It has a stride, or its padding is not of zeros.
+        """
+        if self.padding_mode != ZEROS:
+            raise AlgebraError(f"the convolution has {self.padding_mode} padding")
+        return ConvTranspose(**self._flipped())
+
+    def _adjoint_conv(self) -> Conv:
+        """:meth:`adjoint` as a convolution, which it is at stride 1."""
+        if self.padding_mode != ZEROS:
+            raise AlgebraError(f"the convolution has {self.padding_mode} padding")
+        flipped = Conv(**self._flipped())
+        return replace(flipped, weight=_exchange(flipped.kernel, self.groups), bias=None, gain=None)
+
+    def after(self, inner: Operator, *, outline: bool = False) -> AnyConv:
         """``self(inner(x))`` as one convolution.
 
         Args:
@@ -371,6 +446,8 @@ class Conv:
             AlgebraError: It is not one; see the cases.
         """
         match inner:
+            case ConvTranspose():
+                return self._after_transposed(inner)
             case ChannelAffine():
                 return self._after_affine(inner)
             case Pad():
@@ -408,17 +485,9 @@ class Conv:
         scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
         if self.pads and self.padding_mode == ZEROS and shift is not None and bool(shift.any()):
             raise AlgebraError("shift before zero padding")
-        columns = self.weight.shape[1]
-
-        def rows(vector: Tensor) -> Tensor:
-            """Channel values laid out like the kernel's first two axes."""
-            grouped = vector.reshape(self.groups, 1, columns)
-            spread = grouped.expand(self.groups, self.out_channels // self.groups, columns)
-            return spread.reshape(self.out_channels, columns, *[1] * self.dimensions)
-
         kernel = self.kernel
-        constant = None if shift is None else (kernel * rows(shift)).flatten(1).sum(1)
-        return replace(self, weight=kernel * rows(scale), bias=_add(self.bias, constant), gain=None)
+        constant = None if shift is None else (kernel * self._rows(shift)).flatten(1).sum(1)
+        return replace(self, weight=kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None)
 
     def _after_pad(self, pad: Pad) -> Conv:
         """A padding before a convolution is the convolution's own, when both pad the same way."""
@@ -448,13 +517,17 @@ class Conv:
         kernel); so may a bias when the border is reflected, replicated or wrapped.
         """
         _check_sequence(self, inner)
+        return self._product(inner, outline)
+
+    def _product(self, inner: Conv, outline: bool = False) -> Conv:
+        """The convolution that ``self(inner(x))`` is away from the border."""
         groups = math.gcd(self.groups, inner.groups)
         # Taps of the composition: inner offset + inner stride * outer offset.
         shifted = [taps.stretched(s) for s, taps in zip(inner.stride, self._lattices, strict=True)]
         lattice = [_sum_lattice(i, o) for i, o in zip(inner._lattices, shifted, strict=True)]
         growth = [i + s * o for i, s, o in zip(inner.growth, inner.stride, self.growth, strict=True)]
         return Conv(
-            *self._product(inner, groups, lattice, shifted, outline),
+            *self._product_numbers(inner, groups, lattice, shifted, outline),
             tuple(s * t for s, t in zip(self.stride, inner.stride, strict=True)),
             tuple(taps.padding(g) for taps, g in zip(lattice, growth, strict=True)),
             tuple(taps.step for taps in lattice),
@@ -462,7 +535,7 @@ class Conv:
             self.padding_mode if self.pads else inner.padding_mode,
         )
 
-    def _product(
+    def _product_numbers(
         self, inner: Conv, groups: int, lattice: Sequence[_Lattice], shifted: Sequence[_Lattice], outline: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``self(inner(x))`` in ``groups`` groups, its taps on ``lattice``."""
@@ -482,6 +555,179 @@ class Conv:
         if inner.bias is not None:
             constant = torch.einsum("goi,gi->go", outer_taps.sum(-1), inner.bias.reshape(groups, middle)).flatten()
         return weight.flatten(0, 1), _add(self.bias, constant)
+
+    def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
+        """Exact when this one has no stride, and pads with zeros, if at all, only where nothing was cropped."""
+        return _compose_transposed(self, inner, "its zero padding covers what the transposed convolution crops")
+
+
+@dataclass(frozen=True, eq=False)
+class ConvTranspose(Weighted):
+    """``W' x + b``: input ``i`` adds to output ``stride * i + dilation * j - before``, through every tap ``j``.
+
+    The layout of the weight is that of a convolution, with the output channels first; torch's layers have it the
+    other way round, see :meth:`of_torch` and :attr:`torch_weight`.
+
+    Attributes:
+        padding: What is cropped from the output, ``(before, after)`` an axis. A geometry that torch's layers lack
+            gets taps of weight zero, until ``0 <= before - after < max(stride, dilation)``: ``before`` is then the
+            layer's padding, and the difference its output padding.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        taps = tuple(map(_missing_taps, self.padding, self.stride, self.dilation))
+        if any(map(any, taps)):
+            wide = self.widen(taps)
+            object.__setattr__(self, "weight", wide.weight)
+            object.__setattr__(self, "padding", wide.padding)
+
+    @staticmethod
+    def of_torch(
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Ints = (),
+        padding: Ints = (),
+        output_padding: Ints = (),
+        groups: int = 1,
+        dilation: Ints = (),
+    ) -> ConvTranspose:
+        """From what torch's own functions take; ``weight`` has the shape (in_channels, out_channels // groups, ...)."""
+        nothing = (0,) * (weight.dim() - 2)
+        crops = tuple((p, p - more) for p, more in zip(padding or nothing, output_padding or nothing, strict=True))
+        return ConvTranspose(_exchange(weight.detach(), groups), bias, stride, crops, dilation, groups)
+
+    @property
+    def torch_weight(self) -> Tensor:
+        """The kernel as torch's layers have it: shape ``(in_channels, out_channels // groups, *kernel_size)``."""
+        return _exchange(self.kernel, self.groups)
+
+    @property
+    def output_padding(self) -> Ints:
+        """The argument of torch's layers of that name; ``before`` of :attr:`padding` is their padding."""
+        return tuple(before - after for before, after in self.padding)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one output position, over all output channels; rounded up."""
+        return -(-self.weight.numel() // math.prod(self.stride))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``W' x + b``, in the precision of ``x``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight, padding = self.torch_weight.to(x.dtype), tuple(before for before, _ in self.padding)
+        spread = _SPREAD[self.dimensions]
+        return spread(x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation)
+
+    def adjoint(self) -> Conv:
+        """The convolution that reads where this one writes, without a bias."""
+        return Conv(self.torch_weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    _adjoint_conv = adjoint
+
+    def as_conv(self) -> Conv:
+        """The same operator as a convolution.
+
+        Raises:
+            AlgebraError: It has a stride.
+        """
+        return Conv(**self._flipped())
+
+    def after(self, inner: Operator) -> ConvTranspose:
+        """``self(inner(x))`` as one transposed convolution.
+
+        Raises:
+            AlgebraError: It is not one; see the three cases.
+        """
+        match inner:
+            case ChannelAffine():
+                return self._after_affine(inner)
+            case Conv():
+                return self._after_conv(inner)
+            case ConvTranspose():
+                return self._after_transposed(inner)
+        raise AlgebraError("a transposed convolution takes in neither paddings nor pools")
+
+    def _after_affine(self, norm: ChannelAffine) -> ConvTranspose:
+        """``W'(sx + t) + b = (sW)'x + (b + W't)``, exact when every output receives the same amount of t."""
+        _refuse_expansion(norm)
+        scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
+        constant = None if shift is None else self._of_constant(shift)
+        return replace(self, weight=self.kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None)
+
+    def _after_conv(self, inner: Conv) -> ConvTranspose:
+        """Exact when the convolution has no stride, and what its output lacks at the border would not be written.
+
+        That is so when it is pointwise, or this one's writes do not overlap (2x2, stride 2), or it pads all it can.
+        """
+        return _compose_transposed(self, inner, "the convolution before it ends where one kernel would go on")
+
+    def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
+        """Exact when the inner one crops nothing, or this one's writes do not overlap."""
+        return _compose_transposed(self, inner, "the first transposed convolution crops what one kernel would spread")
+
+    def _of_constant(self, shift: Tensor) -> Tensor | None:
+        """What a constant input adds to every output. Shape ``(out_channels,)``.
+
+        Outputs differ in the taps that reach them: by their phase in the stride, and at the borders. An output sees
+        at most ``reach`` inputs of an axis, so inputs of up to ``2 reach + 1`` have every kind of output.
+
+        Raises:
+            AlgebraError: It does not add the same everywhere.
+        """
+        taps = (self.kernel * self._rows(shift)).sum(1, keepdim=True)
+        if not bool(taps.any()):
+            return None
+        spread = replace(self, weight=taps, bias=None, gain=None, groups=self.out_channels)
+        reach = [extent // stride + 1 for extent, stride in zip(self.extent, self.stride, strict=True)]
+        constant: Tensor | None = None
+        for sizes in itertools.product(*(range(1, 2 * r + 2) for r in reach)):
+            if any(s * (n - 1) + 1 <= g for s, n, g in zip(self.stride, sizes, self.growth, strict=True)):
+                continue
+            outputs = spread(taps.new_ones(1, self.out_channels, *sizes)).flatten(2).squeeze(0)
+            constant = outputs[:, 0] if constant is None else constant
+            if not torch.allclose(outputs, constant[:, None], rtol=0, atol=_ROUNDING * taps.abs().max().item()):
+                raise AlgebraError("shift before a transposed convolution that does not spread it evenly")
+        return constant
+
+
+AnyConv: TypeAlias = Conv | ConvTranspose
+
+
+def _exchange(weight: Tensor, groups: int) -> Tensor:
+    """A weight with input and output channels exchanged inside each group; its own inverse."""
+    rows = weight.shape[0] // groups
+    return weight.reshape(groups, rows, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
+def _missing_taps(crop: tuple[int, int], stride: int, dilation: int) -> tuple[int, int]:
+    """Taps of weight zero, ``(before, after)``, with which torch's transposed layers can crop like that."""
+    before, after = crop
+    more_before = max(0, -(min(before, before - after) // dilation))
+    slack = before + more_before * dilation - after - max(stride, dilation)
+    return more_before, max(0, slack // dilation + 1)
+
+
+def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str) -> ConvTranspose:
+    """``outer(inner(x)) = (inner'(outer'(x)))'``, where ``f'`` reads where ``f`` writes; one may be a convolution.
+
+    Seen as writing, the two are exact as one when the inner one crops nothing that it wrote, or the outer one would
+    spread that to where it crops as well.
+
+    Raises:
+        AlgebraError: A convolution has a stride or reads other padding than zeros; or with ``obstacle``, when what
+            was cropped matters.
+    """
+    _check_channels(outer, inner)
+    first, second = outer._adjoint_conv(), inner._adjoint_conv()
+    for axis, pair in enumerate(second.padding):
+        least = first.extent[axis] - first.stride[axis] + 1
+        if any(lost > 0 and crop < least for lost, crop in zip(pair, first.padding[axis], strict=True)):
+            raise AlgebraError(obstacle)
+    bias = outer.bias
+    if inner.bias is not None:
+        bias = outer.after(ChannelAffine(torch.ones_like(inner.bias), inner.bias, inner.axis)).bias
+    return replace(second._product(first).adjoint(), bias=bias)
 
 
 def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
@@ -590,7 +836,7 @@ class AveragePool:
         return Conv(weight, None, self.stride, tuple((p, p) for p in self.padding), groups=channels)
 
 
-Operator: TypeAlias = Conv | ChannelAffine | AveragePool | Pad
+Operator: TypeAlias = AnyConv | ChannelAffine | AveragePool | Pad
 
 
 def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Operator:
@@ -607,7 +853,7 @@ def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Opera
     match outer, inner:
         case ChannelAffine(), ChannelAffine():
             return outer.after(inner)
-        case ChannelAffine(), Conv():
+        case ChannelAffine(), Conv() | ConvTranspose():
             return inner.then(outer)
         case ChannelAffine(), AveragePool():
             if outer.axis is None:
@@ -615,6 +861,8 @@ def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Opera
             return inner.as_conv(len(outer.scale), -outer.axis - 1, device=outer.scale.device).then(outer)
         case Conv(), _:
             return outer.after(inner, outline=outline)
+        case ConvTranspose(), ChannelAffine() | Conv() | ConvTranspose():
+            return outer.after(inner)
         case AveragePool(), Conv():
             conv = outer.as_conv(inner.out_channels, inner.dimensions, device=inner.weight.device)
             return conv.after(inner, outline=outline)
@@ -650,16 +898,16 @@ def parallel(terms: Sequence[Operator], *, outline: bool = False) -> Operator:
     affines = [term for term in terms if isinstance(term, ChannelAffine)]
     if len(affines) == len(terms):
         return reduce(_add_affines, affines)
-    model = next((term for term in terms if isinstance(term, Conv)), None)
+    model = next((term for term in terms if isinstance(term, AnyConv)), None)
     if model is None:
         raise AlgebraError("no convolution among the terms says how many channels there are")
     return _sum_convs([_as_conv(term, model) for term in terms], outline)
 
 
-def _as_conv(term: Operator, model: Conv) -> Conv:
+def _as_conv(term: Operator, model: AnyConv) -> AnyConv:
     """``term`` as a convolution on the input of ``model``."""
     match term:
-        case Conv():
+        case Conv() | ConvTranspose():
             return term
         case ChannelAffine() | AveragePool():
             return term.as_conv(model.in_channels, model.dimensions, device=model.weight.device)
@@ -673,28 +921,28 @@ def _add_affines(a: ChannelAffine, b: ChannelAffine) -> ChannelAffine:
     return ChannelAffine(s + s_b, _add(t, t_b), axis)
 
 
-def _sum_convs(convs: Sequence[Conv], outline: bool) -> Conv:
+def _sum_convs(convs: Sequence[AnyConv], outline: bool) -> AnyConv:
     first = convs[0]
     for conv in convs[1:]:
         _check_parallel(first, conv)
-    modes = {conv.padding_mode for conv in convs if conv.pads}
+    modes = {conv.padding_mode for conv in convs if isinstance(conv, Conv) and conv.pads}
     if len(modes) > 1:
         raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
     groups = reduce(math.gcd, (conv.groups for conv in convs))
     lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
     rows, columns = first.out_channels, first.in_channels // groups
-    return Conv(
+    return type(first)(
         *_numbers(convs, groups, lattice, (rows, columns, *(taps.count for taps in lattice)), outline),
         first.stride,
         tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True)),
         tuple(taps.step for taps in lattice),
         groups,
-        modes.pop() if modes else ZEROS,
+        *modes,
     )
 
 
 def _numbers(
-    convs: Sequence[Conv], groups: int, lattice: Sequence[_Lattice], shape: Ints, outline: bool
+    convs: Sequence[AnyConv], groups: int, lattice: Sequence[_Lattice], shape: Ints, outline: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a sum of convolutions, over common groups and taps."""
     biases = [conv.bias for conv in convs if conv.bias is not None]
@@ -717,8 +965,10 @@ def _zeros(shape: Ints, bias: bool) -> tuple[Tensor, Tensor | None]:
     return zero.expand(shape), zero.expand(shape[:1]) if bias else None
 
 
-def _check_parallel(a: Conv, b: Conv) -> None:
+def _check_parallel(a: AnyConv, b: AnyConv) -> None:
     """Raise unless ``a(x)`` and ``b(x)`` exist for the same inputs and have the same shape for all of them."""
+    if type(a) is not type(b):
+        raise AlgebraError("one of them is a transposed convolution, which has another stride")
     if a.dimensions != b.dimensions:
         raise AlgebraError(f"a {a.dimensions}-d and a {b.dimensions}-d operator")
     if a.in_channels != b.in_channels:
@@ -733,10 +983,7 @@ def _check_parallel(a: Conv, b: Conv) -> None:
 
 def _check_sequence(outer: Conv, inner: Conv) -> None:
     """Raise unless what lies beyond the output of ``inner`` is what ``outer`` pads it with."""
-    if inner.dimensions != outer.dimensions:
-        raise AlgebraError(f"a {inner.dimensions}-d before a {outer.dimensions}-d convolution")
-    if inner.out_channels != outer.in_channels:
-        raise AlgebraError(f"{inner.out_channels} channels are broadcast to {outer.in_channels}")
+    _check_channels(outer, inner)
     for pair, taps, amounts, stride in zip(outer.padding, inner.kernel_size, inner.padding, inner.stride, strict=True):
         if max(pair) <= 0:
             continue
@@ -748,6 +995,14 @@ def _check_sequence(outer: Conv, inner: Conv) -> None:
         raise AlgebraError("bias before zero padding")
     if outer.pads and inner.pads and outer.padding_mode != inner.padding_mode:
         raise AlgebraError(f"{outer.padding_mode} padding of a {inner.padding_mode}-padded output")
+
+
+def _check_channels(outer: Weighted, inner: Weighted) -> None:
+    """Raise unless one reads what the other makes."""
+    if inner.dimensions != outer.dimensions:
+        raise AlgebraError(f"a {inner.dimensions}-d before a {outer.dimensions}-d convolution")
+    if inner.out_channels != outer.in_channels:
+        raise AlgebraError(f"{inner.out_channels} channels are broadcast to {outer.in_channels}")
 
 
 @dataclass(frozen=True)
@@ -794,7 +1049,7 @@ def _sum_lattice(a: _Lattice, b: _Lattice) -> _Lattice:
     return _Lattice(a.first + b.first, step, (a.last + b.last - a.first - b.first) // step + 1)
 
 
-def _common_lattice(convs: Sequence[Conv], axis: int) -> _Lattice:
+def _common_lattice(convs: Sequence[AnyConv], axis: int) -> _Lattice:
     """The coarsest lattice that contains the taps of all convolutions."""
     own = [conv._lattices[axis] for conv in convs]
     spacings = [taps.step for taps in own if taps.count > 1]

@@ -15,7 +15,7 @@ from reparam import aliasing, emit, facts, measure
 from reparam import capture as capturing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
-from reparam.algebra import Conv
+from reparam.algebra import AnyConv
 from reparam.errors import ReparamError, VerificationError
 from reparam.report import Comparison, Counts, Remark, Report
 from reparam.rewrite import Graph, Rule
@@ -316,7 +316,7 @@ def _guess_call(captured: capturing.Capture) -> Call | None:
         return None
     for reader in captured.graph.nodes:
         operator = graph.op(reader) if reader.op != "placeholder" else None
-        if isinstance(operator, Conv) and graph.source(reader) is placeholders[0]:
+        if isinstance(operator, AnyConv) and graph.source(reader) is placeholders[0]:
             size = {0: (), 1: (64,), 2: (64, 64), 3: (16, 32, 32)}[operator.dimensions]
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(2, operator.in_channels, *size, generator=generator, dtype=torch.float64)

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, Operator, Pad
+from reparam.algebra import ZEROS, AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
 
 if TYPE_CHECKING:
     from reparam.rewrite import Graph
 
 _CONV_LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED_LAYERS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _POOL_LAYERS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
@@ -47,11 +48,28 @@ def kernels_of(operator: Operator) -> int:
     """Kernels that an operator launches once it is a layer."""
     match operator:
         case Conv():
-            return 1 + (_own_padding(operator) is None)
+            return 1 + (_padding_before(operator) is not None)
         case ChannelAffine():
             return 0 if operator.is_identity else 1
         case _:
             return 1
+
+
+def _as_layer(operator: Operator) -> Operator:
+    """The operator as torch's layers have it: a convolution that crops is a transposed one, where that adds no taps."""
+    if not isinstance(operator, Conv) or operator.padding_mode != ZEROS or any(s != 1 for s in operator.stride):
+        return operator
+    crops = [(e - before, e - after) for (before, after), e in zip(operator.padding, operator.extent, strict=True)]
+    fits = all(b >= 0 and 0 <= b - a < d for (b, a), d in zip(crops, operator.dilation, strict=True))
+    return operator.as_transposed() if fits and _own_padding(operator) is None else operator
+
+
+def _padding_before(operator: Operator) -> Pad | None:
+    """The padding that has to go before the layer of an operator, which cannot have it itself."""
+    conv = _as_layer(operator)
+    if not isinstance(conv, Conv) or _own_padding(conv) is not None:
+        return None
+    return Pad(conv.padding, conv.padding_mode)
 
 
 def _own_padding(conv: Conv) -> Any:
@@ -74,6 +92,7 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
     def cast(tensor: Tensor | None) -> nn.Parameter | None:
         return None if tensor is None else nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
 
+    operator = _as_layer(operator)
     match operator:
         case Conv() if operator.dimensions == 0:
             dense = operator.regroup(1)
@@ -94,6 +113,20 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
                 operator.padding_mode if padding is not None else ZEROS,
             )
             made.weight, made.bias = cast(operator.kernel), cast(operator.bias)
+        case ConvTranspose():
+            made = _bare(
+                _TRANSPOSED_LAYERS[operator.dimensions],
+                operator.in_channels,
+                operator.out_channels,
+                operator.kernel_size,
+                operator.stride,
+                tuple(before for before, _ in operator.padding),
+                operator.output_padding,
+                operator.groups,
+                operator.bias is not None,
+                operator.dilation,
+            )
+            made.weight, made.bias = cast(operator.torch_weight.contiguous()), cast(operator.bias)
         case ChannelAffine():
             # A uniform one has no axes of its own, and changes neither the rank of what it reads nor, in whatever
             # precision its two numbers are, the type.
@@ -146,7 +179,7 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         if isinstance(operator, Pad):
             _replace(graph, node, _pad_before(graph, node, operator))
             continue
-        if not isinstance(operator, (Conv, ChannelAffine, AveragePool)):
+        if not isinstance(operator, Operator):
             continue
         number = _single_number(operator)
         if number is not None:
@@ -163,8 +196,9 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
             path = shared[key] = names.take(node)
             used[path] = layer(operator, dtype)
         source = graph.source(node)
-        if isinstance(operator, Conv) and _own_padding(operator) is None:
-            source = _pad_before(graph, node, Pad(operator.padding, operator.padding_mode))
+        padding = _padding_before(operator)
+        if padding is not None:
+            source = _pad_before(graph, node, padding)
         with graph.fx.inserting_before(node):
             _replace(graph, node, graph.fx.call_module(path, (source,)))
     return used
@@ -274,7 +308,7 @@ class _Names:
                 self.inhabitants.setdefault(prefix, set()).add(node)
             for prefix in {prefix for path in origins for prefix in _prefixes(path)}:
                 self.tenants.setdefault(prefix, set()).add(node)
-            if origins and isinstance(node.target, (Conv, ChannelAffine)):
+            if origins and isinstance(node.target, AnyConv | ChannelAffine):
                 for prefix in _prefixes(_common_prefix(sorted(origins))):
                     self.homes.setdefault(prefix, set()).add(node)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from reparam import facts
-from reparam.algebra import AveragePool, ChannelAffine, Conv, Linear, Operator, Pad
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Linear, Operator, Pad
 from reparam.errors import AlgebraError
 
 Lifter: TypeAlias = Callable[..., "Operator | Sum | None"]
@@ -131,7 +131,7 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
         node: A node of a graph, with the facts of :mod:`reparam.facts`.
         modules: The module at every path that the graph's names refer to.
     """
-    if isinstance(node.target, (Conv, ChannelAffine, AveragePool, Pad)):
+    if isinstance(node.target, Operator):
         return node.target
     if "frozen" in node.meta:
         return None
@@ -230,6 +230,27 @@ def _conv(
     return Conv(weight.detach(), detached, _ints(stride, space), pads, dilation, groups, padding_mode)
 
 
+def _transposed(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> AnyConv:
+    """A transposed convolution from the arguments of torch's own: a plain one where the stride is 1."""
+    if weight.is_complex():
+        raise AlgebraError("its weights are complex numbers")
+    space = weight.dim() - 2
+    stride, padding, output_padding, dilation = (
+        _ints(value, space) for value in (stride, padding, output_padding, dilation)
+    )
+    (groups,) = _ints(groups, 1)
+    transposed = ConvTranspose.of_torch(weight, bias, stride, padding, output_padding, groups, dilation)
+    return transposed.as_conv() if all(s == 1 for s in stride) else transposed
+
+
 def _norm(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axis: int
 ) -> ChannelAffine:
@@ -264,6 +285,19 @@ def _second_axis(x: Any) -> int:
 def _(module: nn.modules.conv._ConvNd, input: Any) -> Operator:
     return _conv(
         module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    )
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _(module: nn.modules.conv._ConvTransposeNd, input: Any, output_size: Any = None) -> Operator:
+    output_padding = module.output_padding
+    if output_size is not None:
+        if any(s != 1 for s in module.stride):
+            raise AlgebraError("output_size= makes its output padding depend on the size of its input")
+        # There is one size that it may ask for.
+        output_padding = (0,) * len(module.stride)
+    return _transposed(
+        module.weight, module.bias, module.stride, module.padding, output_padding, module.groups, module.dilation
     )
 
 
@@ -344,6 +378,22 @@ def _(
     if isinstance(input, Tensor) or not isinstance(weight, Tensor) or not _is_constant(bias):
         return None
     return _conv(weight, bias, stride, padding, dilation, groups)
+
+
+@register(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def _(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Operator | None:
+    if isinstance(input, Tensor) or not isinstance(weight, Tensor) or not _is_constant(bias):
+        return None
+    return _transposed(weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 @register(F.linear)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.fx import Node
 
 from reparam import aliasing, facts, measure
-from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad
+from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.capture import carries_hooks
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
@@ -111,7 +111,7 @@ class Graph:
 
     def op(self, node: Node) -> Operator | Sum | Refusal | None:
         """The operator that ``node`` applies, the sum that it is, or None."""
-        if isinstance(node.target, (Conv, ChannelAffine, AveragePool, Pad)):
+        if isinstance(node.target, Operator):
             return node.target
         if node not in self._lifted:
             self._lifted[node] = lift(node, self.modules)
@@ -161,7 +161,7 @@ class Graph:
         match operator:
             case Pad() if facts.target_name(node) == "getitem":
                 return 0
-            case Conv() | ChannelAffine() | Pad() | AveragePool():
+            case Conv() | ConvTranspose() | ChannelAffine() | Pad() | AveragePool():
                 return kernels_of(operator)
             case Sum():
                 return max(1, len(operator.terms) - 1)
@@ -219,7 +219,7 @@ class Graph:
         # Where the source is read first: there its value is what all of them read, and every user comes later.
         anchor = region[0] if region else replaced
         with self.fx.inserting_before(anchor):
-            name = {Conv: "conv", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}[type(value.operator)]
+            name = _NAMES[type(value.operator)]
             node = self.fx.create_node("call_function", value.operator, (value.source,), {}, name)
         node.meta = _merged_meta(region, value.operator, replaced)
         return node
@@ -319,6 +319,9 @@ class Graph:
         return erased
 
 
+_NAMES = {Conv: "conv", ConvTranspose: "conv_transpose", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}
+
+
 def describe(node: Node) -> str:
     """A value, for a remark: the layer that made it, or the operation."""
     if node.op == "call_module":
@@ -341,7 +344,7 @@ def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> 
     if "shape" in replaced.meta:
         meta["shape"] = replaced.meta["shape"]
     match operator:
-        case Conv():
+        case Conv() | ConvTranspose():
             meta["channels"] = (operator.out_channels, operator.axis)
             meta["rank"] = meta["rank"] or (operator.dimensions + 2 if operator.dimensions else None)
         case ChannelAffine():

@@ -14,7 +14,7 @@ import torch.fx
 from torch.fx import Node
 
 from reparam import facts
-from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, Operator, Pad, Padding
+from reparam.algebra import ZEROS, AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad, Padding
 from reparam.lift import Sum
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _call(graph: Graph, node: Node, names: dict[Node, str]) -> str:
         case Sum():
             terms = [f"{_coefficient(c)}{names[term]}" for c, term in operator.terms]
             return f"sum({', '.join(terms)})"
-        case Conv() | ChannelAffine() | AveragePool() | Pad():
+        case Conv() | ConvTranspose() | ChannelAffine() | AveragePool() | Pad():
             return f"{operator_text(operator)}({names[graph.source(node)]})"
     if node.op == "call_module":
         name = type(graph.modules[str(node.target)]).__name__.lower()
@@ -62,14 +62,9 @@ def operator_text(operator: Operator) -> str:
         case Conv() if operator.dimensions == 0:
             return f"linear[{operator.in_channels} -> {operator.out_channels}{', bias' * (operator.bias is not None)}]"
         case Conv():
-            facts = [f"{operator.in_channels} -> {operator.out_channels}", "x".join(map(str, operator.kernel_size))]
-            facts += [f"stride {_axes(operator.stride)}"] * any(s != 1 for s in operator.stride)
-            facts += [f"pad {_pads(operator.padding)}"] * any(p for pair in operator.padding for p in pair)
-            facts += [operator.padding_mode] * (operator.padding_mode != ZEROS)
-            facts += [f"dilation {_axes(operator.dilation)}"] * any(d != 1 for d in operator.dilation)
-            facts += [f"groups {operator.groups}"] * (operator.groups != 1)
-            facts += ["bias"] * (operator.bias is not None)
-            return f"conv{operator.dimensions}d[{', '.join(facts)}]"
+            return f"conv{operator.dimensions}d[{_weighted_text(operator, 'pad', operator.padding_mode)}]"
+        case ConvTranspose():
+            return f"convtranspose{operator.dimensions}d[{_weighted_text(operator, 'crop')}]"
         case ChannelAffine() if operator.axis is None:
             shift = "" if operator.shift is None else f" + {operator.shift.item():g}"
             return "identity" if operator.is_identity else f"affine[{operator.scale.item():g}{shift}]"
@@ -80,6 +75,17 @@ def operator_text(operator: Operator) -> str:
         case Pad():
             value = f", {operator.value:g}" if operator.value else ""
             return f"pad[{_pads(operator.padding)}{'' if operator.mode == ZEROS else ', ' + operator.mode}{value}]"
+
+
+def _weighted_text(operator: AnyConv, padding: str, mode: str = ZEROS) -> str:
+    facts = [f"{operator.in_channels} -> {operator.out_channels}", "x".join(map(str, operator.kernel_size))]
+    facts += [f"stride {_axes(operator.stride)}"] * any(s != 1 for s in operator.stride)
+    facts += [f"{padding} {_pads(operator.padding)}"] * any(p for pair in operator.padding for p in pair)
+    facts += [mode] * (mode != ZEROS)
+    facts += [f"dilation {_axes(operator.dilation)}"] * any(d != 1 for d in operator.dilation)
+    facts += [f"groups {operator.groups}"] * (operator.groups != 1)
+    facts += ["bias"] * (operator.bias is not None)
+    return ", ".join(facts)
 
 
 def _axes(values: tuple[int, ...]) -> str:

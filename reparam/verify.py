@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra import ChannelAffine, Conv, Operator
+from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
 from reparam.errors import VerificationError
 from reparam.report import Comparison
 
@@ -62,7 +62,7 @@ def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     for apply in applies(rewrite):
         for x in _inputs(apply.operator, apply.source):
             terms = _evaluate_terms(graph, apply, x)
-            actual = apply.operator.double()(x) if isinstance(apply.operator, Conv) else apply.operator(x)
+            actual = apply.operator.double()(x) if isinstance(apply.operator, AnyConv) else apply.operator(x)
             largest = max(largest, _check(actual, terms, where, rule))
     for node, value in rewrite.values:
         total = value if isinstance(value, Add) else Add(((1.0, value),))
@@ -131,6 +131,15 @@ def _inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
             ]
             phases = max(operator.stride)
             shapes = [(1, operator.in_channels, *(size + phase for size in least)) for phase in range(min(phases, 3))]
+        case ConvTranspose():
+            axes = list(zip(operator.growth, operator.extent, operator.stride, strict=True))
+            # One position is enough for the smallest; in the larger one, an output is far from both borders.
+            least = [1 + max(0, -(-growth // stride)) for growth, _, stride in axes]
+            roomy = [
+                n + 2 * (extent // stride + 1) + axis
+                for axis, (n, (_, extent, stride)) in enumerate(zip(least, axes, strict=True))
+            ]
+            shapes = [(1, operator.in_channels, *sizes) for sizes in (least, roomy)]
         case ChannelAffine() if operator.axis is not None:
             rank = max(rank or 0, 1 - operator.axis)
             sizes = list(range(2, 2 + rank))
@@ -143,7 +152,7 @@ def _inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
             shapes = [tuple(range(2, 2 + (rank or 4)))]
     for shape in shapes:
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
-        yield x.to(operator.weight.device if isinstance(operator, Conv) else _device(operator))
+        yield x.to(operator.weight.device if isinstance(operator, AnyConv) else _device(operator))
 
 
 def _device(operator: Operator) -> torch.device:
@@ -172,7 +181,7 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any]) -> Any:
         case "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         case _:
-            function: Any = node.target.double() if isinstance(node.target, Conv) else node.target
+            function: Any = node.target.double() if isinstance(node.target, AnyConv) else node.target
             result = function(*args, **kwargs)
     env[node] = result
     return result

@@ -27,6 +27,7 @@ from support import randomise
 TOLERANCE = 1e-9
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -149,6 +150,11 @@ def _conv(o: dict[str, Any]) -> nn.Module:
     return CONV[len(o["kernel"])](o["channels"], o["out"], o["kernel"], **options)
 
 
+def _transposed(o: dict[str, Any]) -> nn.Module:
+    options = {k: o[k] for k in ("stride", "padding", "output_padding", "dilation", "groups", "bias")}
+    return TRANSPOSED[len(o["kernel"])](o["channels"], o["out"], o["kernel"], **options)
+
+
 def _conv_norm(o: dict[str, Any]) -> nn.Module:
     return nn.Sequential(_conv(o), NORM[len(o["kernel"])](o["out"]))
 
@@ -166,6 +172,7 @@ def _norm(o: dict[str, Any]) -> nn.Module:
 LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "conv": _conv,
     "conv_norm": _conv_norm,
+    "transposed": _transposed,
     "conv_function": _conv,
     "norm": _norm,
     "norm_function": _norm,
@@ -375,6 +382,23 @@ def conv_options(draw: st.DrawFn, dimensions: int, channels: int, *, keep: bool 
 
 
 @st.composite
+def transposed_options(draw: st.DrawFn, dimensions: int, channels: int) -> dict[str, Any]:
+    """Geometry of a transposed convolution, often one that doubles the size."""
+    out = draw(st.sampled_from((channels, channels, 2, 3)))
+    options: dict[str, Any] = {
+        "channels": channels,
+        "out": out,
+        "groups": draw(st.sampled_from(divisors(math.gcd(channels, out)))),
+        "bias": draw(st.booleans()),
+    }
+    doubling = [(2, 2, 0, 0, 1), (4, 2, 1, 0, 1), (3, 2, 1, 1, 1)]
+    others = [(3, 1, 1, 0, 1), (1, 1, 0, 0, 1), (3, 1, 2, 0, 2), (2, 1, 1, 1, 2), (2, 3, 0, 2, 1), (3, 2, 0, 0, 1)]
+    axes = [draw(st.sampled_from(doubling) | st.sampled_from(others))] * dimensions
+    names = ("kernel", "stride", "padding", "output_padding", "dilation")
+    return options | dict(zip(names, map(tuple, zip(*axes, strict=True)), strict=True))
+
+
+@st.composite
 def branch_options(draw: st.DrawFn, dimensions: int, channels: int) -> dict[str, Any]:
     """Parallel branches that keep the shape, as reparameterised networks train them."""
     conv = conv_options(dimensions, channels, keep=True)
@@ -411,7 +435,7 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
     choices += ["concat", "part", "product"]
     if dimensions >= 1:
         choices += ["conv", "conv", "conv", "conv_norm", "branches", "branches", "block", "pool", "pad", "gate", "head"]
-        choices += ["norm_conv", "reshape"]
+        choices += ["norm_conv", "reshape", "transposed", "transposed"]
     if dimensions <= 1:
         choices += ["linear"] * 3
     match draw(st.sampled_from(choices)):
@@ -454,6 +478,10 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
             if kind == "conv_function":
                 options.pop("padding_mode", None)
             return Step(kind, (reads,), options)
+        case "transposed":
+            if math.prod(shape[2:]) > 300:
+                return Step("max_pool", (reads,), {"dimensions": dimensions})
+            return Step("transposed", (reads,), draw(transposed_options(dimensions, channels)))
         case "conv_norm" | "norm_conv" as kind:
             return Step(kind, (reads,), draw(conv_options(dimensions, channels)))
         case "block":

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator, Pad
+from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 CHANNELS = (1, 2, 3, 4, 6, 8)
@@ -100,6 +100,37 @@ def convs(
         mode,
         gain=random_tensor((out_channels,), draw(seeds)) if draw(st.booleans()) else None,
     )
+
+
+@st.composite
+def transposes(
+    draw: st.DrawFn,
+    dimensions: int,
+    *,
+    in_channels: int | None = None,
+    out_channels: int | None = None,
+    stride: Sequence[int] | None = None,
+    growth: Sequence[int] | None = None,
+    padding: Sequence[tuple[int, int]] | None = None,
+    bias: bool | None = None,
+) -> ConvTranspose:
+    """Transposed convolutions; an argument that is left out is drawn.
+
+    ``growth`` is what the crop leaves of the kernel: the output size is ``stride * (input - 1) + 1 - growth``.
+    """
+    conv = draw(
+        convs(
+            dimensions,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride=stride,
+            growth=growth,
+            padding=padding,
+            bias=bias,
+        )
+    )
+    shared = {f: getattr(conv, f) for f in ("weight", "bias", "stride", "padding", "dilation", "groups", "gain")}
+    return ConvTranspose(**shared)
 
 
 @st.composite

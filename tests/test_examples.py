@@ -94,3 +94,45 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "demo_output").iterdir()}
     endings = (".pth", ".onnx", "_deploy.pth", "_deploy.onnx", ".png")
     assert {f"repvit_digits{ending}" for ending in endings} <= written
+
+
+@pytest.fixture
+def expand(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("mlxtend", reason="the demo's own requirements are not installed")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import expand
+
+    return expand
+
+
+def test_the_comparison_of_plain_and_expanded_runs(expand: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    expand.main(["--block", "repvgg", "--seeds", "1", "--epochs", "1", "--images", "200"])
+    printed = capsys.readouterr().out
+    assert "1 seeds, 1000 held-out digits" in printed
+    assert "every prediction is the same" in printed.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [
+        ((1.0, 1.2, 1.1), "A gain of more than two standard errors"),
+        ((-1.0, -1.2, -1.1), "A loss of more than two standard errors"),
+        ((1.0, -1.2, 0.1), "no difference that these seeds show"),
+        ((1.0,), "says nothing about chance"),
+    ],
+)
+def test_the_verdict_knows_chance(expand: ModuleType, gains: tuple[float, ...], says: str) -> None:
+    runs = [expand.Run(90.0, 90.0 + gain, 1.0, 2.0, 0, (1, 2, 1)) for gain in gains]
+    assert says in expand.verdict(runs)
+
+
+def test_a_changed_prediction_fails_loudly(expand: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expand, "compare", lambda *_: expand.Run(90.0, 91.0, 1.0, 2.0, 3, (1, 2, 1)))
+    with pytest.raises(SystemExit, match="3 predictions changed"):
+        expand.main(["--seeds", "1", "--images", "200"])
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--images", "10"], ["--block", "none"]])
+def test_bad_options_are_refused(expand: ModuleType, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        expand.main(arguments)
