@@ -224,6 +224,11 @@ def _set_eval(root: nn.Module) -> None:
         root.eval()
     for module in modules:
         module.__dict__["training"] = False
+        if isinstance(module, torch.jit.ScriptModule):
+            module.eval()
+            for parameter in module.parameters():
+                # Copied by an operation that autograd has recorded.
+                parameter.detach_()
 
 
 def tensor_storages(modules: Iterable[nn.Module]) -> frozenset[int]:
@@ -256,7 +261,8 @@ def own_tensors(root: nn.Module, shared: frozenset[int]) -> None:
             return type(value)(owned(item) for item in value)
         return {k: owned(v) for k, v in value.items()} if type(value) is dict else value
 
-    for module in root.modules():
+    # A copy of a scripted module has its own memory to begin with.
+    for module in (module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)):
         for values in (module._parameters, module._buffers, module.__dict__):
             # What torch keeps in dicts of its own (hooks, submodules) stays.
             found = {k: owned(v) for k, v in values.items() if type(v) not in _ATOMS and k not in _OWN_DICTS}
@@ -553,6 +559,9 @@ class _Tracer(torch.fx.Tracer):
                 self.remarks.append(
                     Remark("capture", "Trace", path, f"{type(m).__name__} carries hooks, kept as it is")
                 )
+            return self._call_leaf(m, path, args, kwargs)
+        if isinstance(m, torch.jit.ScriptModule):
+            self.remarks.append(Remark("capture", "Trace", path, "a scripted module, kept as it is"))
             return self._call_leaf(m, path, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
         stack = list(self.module_stack.items())

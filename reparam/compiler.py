@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reparam import aliasing, emit, facts, measure
 from reparam import capture as capturing
+from reparam import probe as probing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
 from reparam.algebra import AnyConv
@@ -118,6 +119,7 @@ def compile(
     if not captured.traced:
         return _untraced(captured, reference, trainable)
     modules = captured.modules
+    captured.remarks = probing.add_remarks(captured.remarks, probing.probe(captured.graph, modules))
     aliasing.make_out_of_place(captured.graph, modules)
     graph = Graph(captured.graph, modules)
     before = measure.count(graph.fx, modules, measure.parameters_of(model), reference.multiply_adds)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,14 +38,14 @@ def settle(root: nn.Module) -> None:
         return
     storages = capture.tensor_storages(modules)
     for module in parametrized:
-        values = _without_side_effects(lambda module=module: _parametrized(module), modules, storages)
+        values = _without_side_effects(partial(_parametrized, module), modules, storages)
         if values is not None:
             del module._modules["parametrizations"]
             # torch has made a subclass of the class that it was.
             module.__class__ = type(module).__bases__[0]
             _set(module, values)
     for module in hooked:
-        values = _without_side_effects(lambda module=module: _hooked(module, modules), modules, storages)
+        values = _without_side_effects(partial(_hooked, module, modules), modules, storages)
         if values is not None:
             module.__dict__[_PRE_HOOKS].clear()
             _set(module, values)

@@ -92,7 +92,7 @@ def test_single_precision_is_certified_too(wrapper: str) -> None:
     x = torch.randn(2, 4, 9, 9)
     compiled: Any = reparam.compile(model.train(), x)
     assert compiled.report.after.kernels == 2
-    torch.testing.assert_close(compiled(x), model.eval()(x))
+    reparam.verify(model.eval(), compiled, x)
 
 
 def test_other_layers_come_out_plain_as_well() -> None:
