@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam import capture, facts, measure, verify
+from reparam import aliasing, capture, facts, measure, verify
 from reparam.algebra import ChannelAffine, Conv, Linear, Operator
 from reparam.emit import kernels_of
-from reparam.lift import _channels, _resolve, is_leaf
+from reparam.errors import AlgebraError
+from reparam.lift import _channels, _resolve, is_leaf, lift
 from reparam.report import Remark
 
 # torch.nn layers that are linear in their input up to a constant, in eval mode.
@@ -96,7 +97,91 @@ def probe(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Remark]:
                 message = f"{type(module).__name__} is not traceable, but it is {_words(found.operator)}: probed"
                 remarks[str(node.target)] = Remark("capture", "Probe", str(node.target), message)
                 break
-    return list(remarks.values())
+    return [*remarks.values(), *collapse(graph, modules)]
+
+
+# Operations that are linear in one input up to a constant, or move numbers about; those of the first set need a module
+# around them that is a convolution, since the algebra cannot read them alone.
+_UNREADABLE = frozenset(
+    "unfold fold einsum matmul bmm mm tensordot roll gather index_select stack flip sum addmm baddbmm".split()
+)
+_ALLOWED = _UNREADABLE | frozenset(
+    """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as
+    chunk split split_with_sizes unbind narrow select getitem getattr size contiguous t cat concat add sub mul div
+    truediv floordiv neg mod pad conv1d conv2d conv3d linear batch_norm avg_pool1d avg_pool2d avg_pool3d zeros_like clone
+    to type_as float iadd isub imul itruediv multiply subtract dropout""".split()
+)
+
+
+def collapse(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Remark]:
+    """Replace what a module was traced to by a call of it, where that is a convolution that the algebra cannot read.
+
+    The innermost such module is taken, and only where its operations launch more kernels than the convolution does.
+
+    Args:
+        graph: A traced graph with its facts, changed in place.
+        modules: The module at every path that the graph's names refer to.
+
+    Returns:
+        A remark for every module that is one.
+    """
+    regions: dict[str, list[Node]] = {
+        str(node.meta.get("scope", "")): []
+        for node in graph.nodes
+        if node.op in ("call_function", "call_method") and _is_unreadable(node, modules)
+    }
+    for node in graph.nodes if regions else ():
+        if node.op.startswith("call"):
+            parts = str(node.meta.get("scope", "")).split(".")
+            for length in range(1, len(parts) + 1):
+                regions.get(".".join(parts[:length]), []).append(node)
+    remarks = []
+    for path in sorted(regions, key=lambda path: (-path.count("."), path)):
+        region = [node for node in regions[path] if not node._erased]
+        found = _collapsed(graph, path, region, modules) if path and region else None
+        if found is not None:
+            message = f"{type(modules[path]).__name__} is {_words(found.operator)}: probed"
+            remarks.append(Remark("capture", "Probe", path, message))
+    return remarks
+
+
+def _is_unreadable(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    return facts.target_name(node) in _UNREADABLE and lift(node, modules) is None
+
+
+def _collapsed(graph: Graph, path: str, region: list[Node], modules: Mapping[str, nn.Module]) -> Probed | None:
+    """The operator that a region is, which then stands in its place; None when it stays."""
+    from reparam.rewrite import Graph as Rewritten
+
+    inside = set(region)
+    sources = {source for node in region for source in node.all_input_nodes} - inside
+    activations = [source for source in sources if source.op != "get_attr"]
+    outputs = [node for node in region if any(user not in inside for user in node.users)]
+    linear = all(
+        (node.op == "call_module" or facts.target_name(node) in _ALLOWED) and not aliasing.is_in_place(node, modules)
+        for node in region
+    )
+    if not linear or len(activations) != 1 or len(outputs) != 1:
+        return None
+    (source,), (output,) = activations, outputs
+    for read in _reads(source, modules):
+        found = _probed(modules[path], (), {}, read, list(modules.values()))
+        if found is None or found.kernels <= kernels_of(found.operator):
+            continue
+        for x in verify._inputs(found.operator, source):
+            # The module may have been called with more than its input.
+            expected, actual = verify._evaluate(Rewritten(graph, modules), output, {source: x}), found.operator(x)
+            if verify._relative_error(expected, actual) > verify.CERTIFICATE_TOLERANCE:
+                return None
+        with graph.inserting_before(output):
+            call = graph.call_module(path, (source,))
+        call.meta.update({name: output.meta[name] for name in ("shape", "dtype") if name in output.meta}, scope=path)
+        note(call, found, read.rank)
+        output.replace_all_uses_with(call)
+        for node in reversed(region):
+            graph.erase_node(node)
+        return found
+    return None
 
 
 def add_remarks(remarks: list[Remark], probed: list[Remark]) -> list[Remark]:
@@ -608,14 +693,14 @@ def _confirmed(subject: _Subject, conv: Conv, read: _Read, sizes: Sequence[int],
     """The operator of a conjecture that no input refutes, with the padding that it turns out to have."""
     x = random((2, read.channels, *sizes))
     for mode in ("zeros", "reflect", "replicate", "circular") if conv.pads else ("zeros",):
-        candidate = replace(conv, padding_mode=mode)
         try:
+            candidate = replace(conv, padding_mode=mode)
             _check(subject, candidate, _bounds(candidate), x)
             break
-        except RefutedError as error:
+        except (RefutedError, AlgebraError) as error:
             refuted = error
     else:
-        raise refuted
+        raise RefutedError(str(refuted))
     bounds = _bounds(candidate)
     _check_decades(subject, candidate, x)
     for shape in _shapes(candidate, read, sizes):

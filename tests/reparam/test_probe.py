@@ -547,3 +547,93 @@ def test_a_module_with_several_inputs_is_not_probed(inputs: int) -> None:
 
     captured = capture(Net())
     assert len(probe(captured.graph, captured.modules)) == 2 - inputs
+
+
+# Modules that can be traced, to operations that the algebra does not know.
+
+
+def unfolded(net: Any, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return (F.unfold(x, 3, padding=1).view(n, c, 9, h * w) * net.weight[:, :, None]).sum(2).view(n, c, h, w)
+
+
+def mixed(net: Any, x: Tensor) -> Tensor:
+    return torch.einsum("nchw,oc->nohw", x, net.weight[:, :4]) + net.weight[:, :1, None]
+
+
+def rolled(net: Any, x: Tensor) -> Tensor:
+    return x.roll(1, -1) + 0.5 * x.roll(-1, -2) + x
+
+
+def stacked(net: Any, x: Tensor) -> Tensor:
+    y = F.pad(x, (1, 1, 0, 0))
+    return (torch.stack([y[..., :-2], y[..., 1:-1], y[..., 2:]], -1) * net.weight[0, :3]).sum(-1)
+
+
+def permuted(net: Any, x: Tensor) -> Tensor:
+    return x.index_select(1, net.order)
+
+
+def attended(net: Any, x: Tensor) -> Tensor:
+    return torch.einsum("nchw,nc->nchw", x, x.mean((2, 3)).sigmoid())
+
+
+def squared(net: Any, x: Tensor) -> Tensor:
+    return torch.einsum("nchw,oc->nohw", x, net.weight[:, :4]) * x
+
+
+def changing(net: Any, x: Tensor) -> Tensor:
+    return (x.roll(1, -1) + x.roll(2, -1)) * x.shape[-1]
+
+
+class Around(nn.Module):
+    """A module behind a convolution and before a norm."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.conv, self.inner, self.norm = nn.Conv2d(3, 4, 1), Function(function), nn.BatchNorm2d(4)
+        self.inner.weight = nn.Parameter(torch.randn(4, 9))
+        self.inner.register_buffer("order", torch.tensor([2, 0, 3, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.inner(self.conv(x).relu()))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("function", [unfolded, mixed, rolled, stacked])
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_traced_module_that_is_a_convolution(function: Any, examples: bool) -> None:
+    model = randomise(Around(function)).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    compiled: Any = reparam.compile(model, x if examples else None)
+    assert compiled.report.after.convolutions == 2
+    assert compiled.report.after.norms == 0
+    assert "Function is a convolution: probed" in str(compiled.report)
+    reparam.verify(model, compiled, x)
+
+
+@pytest.mark.parametrize("function", [permuted, attended, squared, changing])
+def test_a_traced_module_that_is_none_or_cheaper_as_it_is(function: Any) -> None:
+    model = randomise(Around(function)).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    compiled: Any = reparam.compile(model, x)
+    assert compiled.report.after.convolutions == 1
+    assert "probed" not in str(compiled.report)
+    reparam.verify(model, compiled, x)
+
+
+def test_a_module_that_was_traced_with_other_arguments_is_held_to_its_trace() -> None:
+    class Power(nn.Module):
+        def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+            return factor * (x.roll(1, -1) + x.roll(2, -1)) + x
+
+    class Net(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.inner(self.conv(x), 3.0))  # type: ignore[no-any-return]
+
+    net = Net(None)
+    net.inner = Power()
+    net = randomise(net).double().eval()  # type: ignore[assignment]
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    compiled: Any = reparam.compile(net, x)
+    assert "probed" not in str(compiled.report)
+    reparam.verify(net, compiled, x)
