@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from reparam.passes.affine_chain import AffineAfterAffine
 from reparam.passes.no_op import RemoveNoOp
-from reparam.passes.norm_after import NormAfterLinear
+from reparam.passes.norm_after import NormAfterLinear, NormAfterPassage
 from reparam.passes.norm_before import NormBeforeLinear
 from reparam.passes.padding import CropAfterConv, PadBeforeConv
 from reparam.passes.parallel import ParallelBranches
@@ -18,6 +18,7 @@ __all__ = [
     "ConvAfterConv",
     "CropAfterConv",
     "NormAfterLinear",
+    "NormAfterPassage",
     "NormBeforeLinear",
     "PadBeforeConv",
     "ParallelBranches",
@@ -31,6 +32,7 @@ def default() -> Sequence[Rule]:
     return (
         RemoveNoOp(),
         NormAfterLinear(),
+        NormAfterPassage(),
         AffineAfterAffine(),
         ParallelBranches(),
         NormBeforeLinear(),

@@ -6,27 +6,36 @@ from torch.fx import Node
 
 from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
-from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
+from reparam.passage import absorb_backward, is_passage
+from reparam.passes.compose import Compose
+from reparam.rewrite import Graph, Missed, Rewrite, Rule, describe
 
 
-class NormAfterLinear(Rule):
+class NormAfterLinear(Compose):
     """``s·(W*x + b) + t = (s·W)*x + (s·b + t)``, exact for every padding, stride, dilation and group count."""
 
+    outer = (ChannelAffine,)
+    inner = (AnyConv,)
+
+
+class NormAfterPassage(Rule):
+    """The same with views, permutations, means, maxima, sums or concatenations between the two.
+
+    ``norm(f(conv(x))) = f(norm'(conv(x)))``; see :mod:`reparam.passage` for what an affine passes through.
+    """
+
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
-        """One convolution for a convolution and the affine that reads it."""
+        """The operators that the norm's input is made of, each with its part of the norm."""
         norm = graph.op(node)
-        if not isinstance(norm, ChannelAffine):
+        if not isinstance(norm, ChannelAffine) or norm.is_identity:
             return None
         source = graph.source(node)
-        conv = graph.op(source)
-        if not isinstance(conv, AnyConv):
+        if not is_passage(graph, source):
             return None
-        obstacle = graph.obstacle(source, node)
-        if obstacle is not None:
-            return Missed(obstacle)
         try:
-            fused = conv.then(norm)
+            walk = absorb_backward(graph, node)
         except AlgebraError as reason:
-            return Missed(str(reason))
-        value = Apply(fused, graph.source(source), ((1.0, node),))
-        return Rewrite(((node, value),), f"folded {describe(node)} into {describe(source)}")
+            return Missed(f"not foldable backwards: {reason}")
+        into = " and ".join(describe(operator) for operator, _ in walk.changes)
+        message = f"folded {describe(node)} into {into}"
+        return Rewrite((*walk.changes, (node, source)), message, (node,), tuple(walk.through))

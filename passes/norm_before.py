@@ -6,7 +6,8 @@ from torch.fx import Node
 
 from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
-from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
+from reparam.passage import absorb_forward
+from reparam.rewrite import Graph, Missed, Rewrite, Rule, describe
 
 
 class NormBeforeLinear(Rule):
@@ -20,18 +21,19 @@ class NormBeforeLinear(Rule):
         norm = graph.op(node)
         if not isinstance(norm, ChannelAffine) or norm.is_identity:
             return None
-        readers = graph.readers(node)
-        operators = [graph.op(reader) for reader in readers]
-        if not any(isinstance(operator, AnyConv) for operator in operators):
-            return None
-        values = []
-        for reader, operator in zip(readers, operators, strict=True):
-            if not isinstance(operator, AnyConv):
-                return Missed(f"it is also read by {describe(reader)}, which cannot take it in")
-            try:
-                fused = operator.after(norm)
-            except AlgebraError as reason:
-                return Missed(f"not foldable into {describe(reader)}: {reason}")
-            values.append((reader, Apply(fused, graph.source(node), ((1.0, reader),))))
-        into = " and ".join(describe(reader) for reader in readers)
-        return Rewrite(tuple(values), f"folded {describe(node)} into {into}")
+        try:
+            walk = absorb_forward(graph, node)
+        except AlgebraError as reason:
+            return Missed(str(reason)) if self._is_near(node, graph) else None
+        source = graph.source(node)
+        readers = [reader for reader, _ in walk.changes]
+        if walk.through and graph.is_changed_between(source, node, max(walk.through)):
+            return Missed(f"{describe(source)} may be changed in place before it is read")
+        message = f"folded {describe(node)} into {' and '.join(map(describe, readers))}"
+        if not walk.through:
+            return Rewrite(tuple(walk.changes), message)
+        return Rewrite((*walk.changes, (node, source)), message, tuple(readers), tuple(walk.through))
+
+    def _is_near(self, node: Node, graph: Graph) -> bool:
+        """Whether a linear operator reads the norm."""
+        return any(isinstance(graph.op(reader), AnyConv) for reader in graph.readers(node))

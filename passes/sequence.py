@@ -1,4 +1,4 @@
-"""``conv(conv(x)) -> conv(x)``: two convolutions in a row, or a convolution and an average pool."""
+"""``conv(conv(x)) -> conv(x)``: two convolutions in a row, transposed ones too, or one and an average pool."""
 
 from __future__ import annotations
 

@@ -447,7 +447,7 @@ class Conv(Weighted):
         """
         match inner:
             case ConvTranspose():
-                return self._after_transposed(inner)
+                return self._after_transposed(inner, outline)
             case ChannelAffine():
                 return self._after_affine(inner)
             case Pad():
@@ -519,7 +519,7 @@ class Conv(Weighted):
         _check_sequence(self, inner)
         return self._product(inner, outline)
 
-    def _product(self, inner: Conv, outline: bool = False) -> Conv:
+    def _product(self, inner: Conv, outline: bool) -> Conv:
         """The convolution that ``self(inner(x))`` is away from the border."""
         groups = math.gcd(self.groups, inner.groups)
         # Taps of the composition: inner offset + inner stride * outer offset.
@@ -556,9 +556,10 @@ class Conv(Weighted):
             constant = torch.einsum("goi,gi->go", outer_taps.sum(-1), inner.bias.reshape(groups, middle)).flatten()
         return weight.flatten(0, 1), _add(self.bias, constant)
 
-    def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
+    def _after_transposed(self, inner: ConvTranspose, outline: bool) -> ConvTranspose:
         """Exact when this one has no stride, and pads with zeros, if at all, only where nothing was cropped."""
-        return _compose_transposed(self, inner, "its zero padding covers what the transposed convolution crops")
+        obstacle = "its zero padding covers what the transposed convolution crops"
+        return _compose_transposed(self, inner, obstacle, outline)
 
 
 @dataclass(frozen=True, eq=False)
@@ -633,38 +634,50 @@ class ConvTranspose(Weighted):
         """
         return Conv(**self._flipped())
 
-    def after(self, inner: Operator) -> ConvTranspose:
+    def after(self, inner: Operator, *, outline: bool = False) -> ConvTranspose:
         """``self(inner(x))`` as one transposed convolution.
 
+        Args:
+            inner: What comes first; a pool is taken as the depthwise convolution that it is.
+            outline: As for :meth:`Conv.after`. No shift passes then, since whether one does depends on the numbers.
+
         Raises:
-            AlgebraError: It is not one; see the three cases.
+            AlgebraError: It is not one; see the cases.
         """
+        shift = inner.shift if isinstance(inner, ChannelAffine) else inner.bias if isinstance(inner, AnyConv) else None
+        if outline and shift is not None and bool(shift.any()):
+            raise AlgebraError("shift before a transposed convolution")
         match inner:
             case ChannelAffine():
                 return self._after_affine(inner)
             case Conv():
-                return self._after_conv(inner)
+                return self._after_conv(inner, outline)
+            case AveragePool():
+                pool = inner.as_conv(self.in_channels, self.dimensions, device=self.weight.device)
+                return self._after_conv(pool, outline)
             case ConvTranspose():
-                return self._after_transposed(inner)
-        raise AlgebraError("a transposed convolution takes in neither paddings nor pools")
+                return self._after_transposed(inner, outline)
+            case Pad():
+                raise AlgebraError("a padding before a transposed convolution")
 
     def _after_affine(self, norm: ChannelAffine) -> ConvTranspose:
-        """``W'(sx + t) + b = (sW)'x + (b + W't)``, exact when every output receives the same amount of t."""
+        """``W'(sx + t) + b = (Ws)'x + (b + W't)``, exact when every output receives the same amount of t."""
         _refuse_expansion(norm)
         scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
         constant = None if shift is None else self._of_constant(shift)
         return replace(self, weight=self.kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None)
 
-    def _after_conv(self, inner: Conv) -> ConvTranspose:
+    def _after_conv(self, inner: Conv, outline: bool) -> ConvTranspose:
         """Exact when the convolution has no stride, and what its output lacks at the border would not be written.
 
         That is so when it is pointwise, or this one's writes do not overlap (2x2, stride 2), or it pads all it can.
         """
-        return _compose_transposed(self, inner, "the convolution before it ends where one kernel would go on")
+        return _compose_transposed(self, inner, "the convolution before it ends where one kernel would go on", outline)
 
-    def _after_transposed(self, inner: ConvTranspose) -> ConvTranspose:
+    def _after_transposed(self, inner: ConvTranspose, outline: bool) -> ConvTranspose:
         """Exact when the inner one crops nothing, or this one's writes do not overlap."""
-        return _compose_transposed(self, inner, "the first transposed convolution crops what one kernel would spread")
+        obstacle = "the first transposed convolution crops what one kernel would spread"
+        return _compose_transposed(self, inner, obstacle, outline)
 
     def _of_constant(self, shift: Tensor) -> Tensor | None:
         """What a constant input adds to every output. Shape ``(out_channels,)``.
@@ -708,7 +721,7 @@ def _missing_taps(crop: tuple[int, int], stride: int, dilation: int) -> tuple[in
     return more_before, max(0, slack // dilation + 1)
 
 
-def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str) -> ConvTranspose:
+def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str, outline: bool) -> ConvTranspose:
     """``outer(inner(x)) = (inner'(outer'(x)))'``, where ``f'`` reads where ``f`` writes; one may be a convolution.
 
     Seen as writing, the two are exact as one when the inner one crops nothing that it wrote, or the outer one would
@@ -727,7 +740,7 @@ def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str) -> ConvTr
     bias = outer.bias
     if inner.bias is not None:
         bias = outer.after(ChannelAffine(torch.ones_like(inner.bias), inner.bias, inner.axis)).bias
-    return replace(second._product(first).adjoint(), bias=bias)
+    return replace(second._product(first, outline).adjoint(), bias=bias)
 
 
 def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
@@ -859,11 +872,9 @@ def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Opera
             if outer.axis is None:
                 raise AlgebraError("nothing says how many channels there are")
             return inner.as_conv(len(outer.scale), -outer.axis - 1, device=outer.scale.device).then(outer)
-        case Conv(), _:
+        case Conv() | ConvTranspose(), _:
             return outer.after(inner, outline=outline)
-        case ConvTranspose(), ChannelAffine() | Conv() | ConvTranspose():
-            return outer.after(inner)
-        case AveragePool(), Conv():
+        case AveragePool(), Conv() | ConvTranspose():
             conv = outer.as_conv(inner.out_channels, inner.dimensions, device=inner.weight.device)
             return conv.after(inner, outline=outline)
         case AveragePool(), ChannelAffine():

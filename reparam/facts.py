@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from reparam.constants import FACTORIES
+
 Kind: TypeAlias = Literal["tensor", "other", "unknown"]
 
 _CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
@@ -52,7 +54,7 @@ _KEEP_SHAPE_MODULES = (
     nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softmax, nn.Hardtanh, nn.Softplus, nn.Identity, nn.modules.dropout._DropoutNd,
     nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
 )  # fmt: skip
-_ARITHMETIC = frozenset(
+ARITHMETIC = frozenset(
     """add sub subtract rsub mul multiply div divide truediv true_divide floordiv pow maximum minimum eq ne lt le gt ge
     iadd isub imul itruediv addcmul addcdiv where""".split()
 )
@@ -69,6 +71,7 @@ _TENSOR_METHODS = frozenset(
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _SEVERAL = frozenset("chunk split split_with_sizes unbind tensor_split topk sort".split())
 _METADATA_METHODS = frozenset("size dim ndimension numel stride is_floating_point element_size get_device".split())
+_LIKE = frozenset("view_as reshape_as expand_as type_as".split())
 _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad layout is_sparse names".split())
 
 
@@ -83,6 +86,13 @@ def reads_only_metadata(node: Node) -> bool:
     if node.op == "call_method":
         return node.target in _METADATA_METHODS
     return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA_ATTRIBUTES
+
+
+def reads_only_metadata_of(reader: Node, node: Node) -> bool:
+    """Whether a node looks at the shape or type of one of its inputs, and not at its values."""
+    if reads_only_metadata(reader):
+        return True
+    return target_name(reader) in _LIKE and len(reader.args) == 2 and reader.args[0] is not node
 
 
 def kind(node: Node, module: nn.Module | None = None) -> Kind:
@@ -109,11 +119,13 @@ def kind(node: Node, module: nn.Module | None = None) -> Kind:
         return "tensor" if inputs[:1] == ["tensor"] else "other" if inputs[:1] == ["other"] else "unknown"
     if name == "getattr":
         return "tensor" if node.args[1] in ("T", "mT", "data", "real") else "unknown"
-    if name in _KEEP_RANK or name in _ARITHMETIC or getattr(node.target, "__module__", None) == "_operator":
+    if name in _KEEP_RANK or name in ARITHMETIC or getattr(node.target, "__module__", None) == "_operator":
         # Arithmetic on sizes gives sizes, arithmetic with a tensor gives a tensor.
         if "tensor" in inputs:
             return "tensor"
         return "unknown" if "unknown" in inputs or not inputs else "other"
+    if name in FACTORIES and node.op == "call_function":
+        return "tensor"
     makes_tensor = node.op == "call_function" or name in _TENSOR_METHODS
     return "tensor" if makes_tensor and "tensor" in inputs else "unknown"
 
@@ -144,12 +156,12 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
     name = target_name(node)
     if name in _CONV_FUNCTIONS:
         return _CONV_FUNCTIONS[name]
-    if name in _ARITHMETIC:
+    if name in ARITHMETIC:
         ranks: list[Any] = [v.meta.get("rank") for v in node.all_input_nodes if v.meta.get("kind") != "other"]
         return None if None in ranks or not ranks else max(ranks)
     if name in _KEEP_RANK:
         return known
-    arguments = _Arguments(node)
+    arguments = Arguments(node)
     match name:
         case "flatten":
             return _flattened(known, arguments.get(1, "start_dim", 0), arguments.get(2, "end_dim", -1))
@@ -162,6 +174,8 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
             shape: Any = node.args[1:]
             shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
             return len(shape) if len(shape) > 1 or (shape and isinstance(shape[0], int)) else None
+        case "expand" | "repeat" | "tile" if all(type(size) is int or isinstance(size, Node) for size in node.args[1:]):
+            return len(node.args) - 1 if name != "tile" and len(node.args) > 2 else None
         case "permute":
             return known
         case "unsqueeze":
@@ -175,17 +189,22 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
     return None
 
 
-class _Arguments:
+class Arguments:
     """A node's arguments, by position or by name."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
 
     def get(self, position: int, name: str, default: Any) -> Any:
+        """The argument at a position or of a name, or the default."""
         if len(self.node.args) > position:
             return self.node.args[position]
         # torch takes NumPy's name for an axis, too.
         return self.node.kwargs.get(name, self.node.kwargs.get("axis", default) if name == "dim" else default)
+
+    def named(self, name: str) -> Any:
+        """An argument that is given by its name, or None."""
+        return self.node.kwargs.get(name)
 
 
 def _module_rank(module: nn.Module | None, known: int | None) -> int | None:
@@ -291,7 +310,7 @@ def _becomes_index(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return any(
         isinstance(modules.get(str(reader.target)), (nn.Embedding, nn.EmbeddingBag))
         or target_name(reader) in ("embedding", "embedding_bag", "one_hot")
-        or (target_name(reader) in _ARITHMETIC and _becomes_index(reader, modules))
+        or (target_name(reader) in ARITHMETIC and _becomes_index(reader, modules))
         for reader in node.users
     )
 
@@ -314,6 +333,16 @@ def note(node: Node, module: nn.Module | None = None) -> None:
             meta["channels"] = made
         if isinstance(module, _KEEP_SHAPE_MODULES):
             meta["keeps_shape"] = True
+
+
+def note_example(node: Node, value: object) -> None:
+    """Write an example of a node's value into its ``meta``: the shape of a tensor, and anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            node.meta["example"] = value.shape
+    elif isinstance(value, (int, float, torch.Size)):
+        # A shape would be taken for that of a tensor.
+        node.meta["example"] = tuple(value) if isinstance(value, torch.Size) else value
 
 
 def note_value(node: Node, value: object) -> None:

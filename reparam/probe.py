@@ -108,7 +108,8 @@ _UNREADABLE = frozenset(
 _ALLOWED = _UNREADABLE | frozenset(
     """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as
     chunk split split_with_sizes unbind narrow select getitem getattr size contiguous t cat concat add sub mul div
-    truediv floordiv neg mod pad conv1d conv2d conv3d linear batch_norm avg_pool1d avg_pool2d avg_pool3d zeros_like clone
+    truediv floordiv neg mod pad conv1d conv2d conv3d linear
+    batch_norm avg_pool1d avg_pool2d avg_pool3d zeros_like clone
     to type_as float iadd isub imul itruediv multiply subtract dropout""".split()
 )
 

@@ -29,16 +29,24 @@ from reparam.emit import kernels_of
 from reparam.errors import RewriteError
 from reparam.lift import Refusal, Sum, is_leaf, lift
 from reparam.report import Remark
-from reparam.verify import certify
+from reparam.verify import Uncertifiable, certify
 
 
 @dataclass(frozen=True)
 class Apply:
-    """``operator(source)``, which equals ``sum(coefficient * term)`` over the terms that it stands for."""
+    """``operator(source)``, which equals ``sum(coefficient * term)`` over the terms that it stands for.
+
+    Attributes:
+        operator: What is applied.
+        source: To what.
+        terms: Pairs of a coefficient and a node.
+        also: Nodes that went into the operator from elsewhere; they have a say in its name.
+    """
 
     operator: Operator
     source: Node
     terms: tuple[tuple[float, Node], ...]
+    also: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,15 @@ class Rewrite:
     Attributes:
         values: What replaces what.
         message: What was done, for the remark.
+        outputs: Nodes that compute what they computed before once all values are replaced. Left out, every value
+            equals its node by itself.
+        through: Nodes that stay, and lie between what is replaced and the outputs.
     """
 
     values: tuple[tuple[Node, Expression], ...]
     message: str
+    outputs: tuple[Node, ...] = ()
+    through: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,9 @@ class Graph:
         if isinstance(node.target, Operator):
             return node.target
         if node not in self._lifted:
-            self._lifted[node] = lift(node, self.modules)
+            # An operator applied to a constant is a constant, and none of anybody's business.
+            applied = any(source.op != "get_attr" for source in node.all_input_nodes)
+            self._lifted[node] = lift(node, self.modules) if applied else None
         return self._lifted[node]
 
     def source(self, node: Node) -> Node:
@@ -123,7 +138,7 @@ class Graph:
 
     def readers(self, node: Node) -> list[Node]:
         """The nodes that read the values of ``node``, not just its shape or type."""
-        return [reader for reader in node.users if not facts.reads_only_metadata(reader)]
+        return [reader for reader in node.users if not facts.reads_only_metadata_of(reader, node)]
 
     def obstacle(self, node: Node, reader: Node) -> str | None:
         """Why ``node`` cannot be absorbed into ``reader``, its reader, or None when it can.
@@ -221,7 +236,7 @@ class Graph:
         with self.fx.inserting_before(anchor):
             name = _NAMES[type(value.operator)]
             node = self.fx.create_node("call_function", value.operator, (value.source,), {}, name)
-        node.meta = _merged_meta(region, value.operator, replaced)
+        node.meta = _merged_meta([*region, *value.also], value.operator, replaced)
         return node
 
     def _materialise_add(self, value: Add, replaced: Node) -> tuple[Node, list[Node]]:
@@ -236,7 +251,7 @@ class Graph:
 
         def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
             node = self.fx.call_function(function, args, kwargs)
-            node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank")} | {
+            node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank", "example")} | {
                 "origins": frozenset()
             }
             made.append(node)
@@ -264,7 +279,7 @@ class Graph:
             new += made
             for absorbed, fused in twins.items():
                 twin = next((new for new in made if new.target is fused), None) or self._surviving(absorbed, twins)
-                for reader in [reader for reader in absorbed.users if facts.reads_only_metadata(reader)]:
+                for reader in [user for user in absorbed.users if facts.reads_only_metadata_of(user, absorbed)]:
                     reader.replace_input_with(absorbed, twin)
             node.replace_all_uses_with(result)
             # A sum names its terms, which have just changed.
@@ -326,8 +341,8 @@ def describe(node: Node) -> str:
     """A value, for a remark: the layer that made it, or the operation."""
     if node.op == "call_module":
         return str(node.target)
-    if node.op == "placeholder":
-        return f"the input {node.target}"
+    if node.op in ("placeholder", "output"):
+        return f"the input {node.target}" if node.op == "placeholder" else "the output"
     where = node.meta.get("scope")
     name = facts.target_name(node) or str(node.name)
     return f"{name} in {where}" if where else name
@@ -341,8 +356,7 @@ def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> 
         "origins": frozenset().union(*(origins(node) for node in region)),
         "calls": tuple(call for node in region for call in calls(node)),
     }
-    if "shape" in replaced.meta:
-        meta["shape"] = replaced.meta["shape"]
+    meta |= {name: replaced.meta[name] for name in ("shape", "example") if name in replaced.meta}
     match operator:
         case Conv() | ConvTranspose():
             meta["channels"] = (operator.out_channels, operator.axis)
@@ -432,7 +446,11 @@ def rewrite(
                 case Rewrite() as change:
                     where = graph.path(node)
                     if verify:
-                        error = certify(graph, change, where, rule.name)
+                        try:
+                            error = certify(graph, change, where, rule.name)
+                        except Uncertifiable as unknown:
+                            missed[node, rule.name] = str(unknown)
+                            continue
                         outcome.certificates += 1
                         outcome.largest_error = max(outcome.largest_error, error)
                     new = _perform(graph, rule, change)
@@ -457,11 +475,28 @@ def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:
     """Remarks for the layers that no rule had any business with: every norm that stays says why."""
     for node in graph.fx.nodes:
         kinds = measure.kinds_of(node, graph.modules) if node.op.startswith("call") and node not in explained else []
-        match graph.op(node):
-            case Refusal(reason) if kinds and kinds[0] != "other":
+        operator = graph.op(node)
+        if isinstance(operator, Refusal) and kinds and kinds[0] != "other":
+            yield Remark("missed", "Lift", graph.path(node), operator.reason)
+        elif kinds.count("norms"):
+            reason = _why_norm_stays(graph, node)
+            if reason is not None:
                 yield Remark("missed", "Lift", graph.path(node), reason)
-            case ChannelAffine() as norm if kinds == ["norms"] and not norm.is_identity:
-                yield Remark("missed", "Lift", graph.path(node), "nothing linear stands next to it")
+
+
+def _why_norm_stays(graph: Graph, node: Node) -> str | None:
+    """Why nothing took a norm in."""
+    match graph.op(node):
+        case ChannelAffine(is_identity=True):
+            return None
+        case ChannelAffine():
+            readers = " and ".join(dict.fromkeys(describe(reader) for reader in graph.readers(node)))
+            return f"nothing linear stands next to it: it reads {describe(graph.source(node))}, read by {readers}"
+    if "frozen" in node.meta:
+        return str(node.meta["frozen"])
+    if graph.is_opaque(node):
+        return "it is inside a module that could not be traced"
+    return "it normalises with statistics of its input, which no constant can replace"
 
 
 def _perform(graph: Graph, rule: Rule, change: Rewrite) -> list[Node]:

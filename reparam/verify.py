@@ -37,6 +37,10 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, tor
 # Rewrites.
 
 
+class Uncertifiable(Exception):
+    """A rewrite cannot be run by itself: nothing shows the shapes of what it reads."""
+
+
 def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     """Check that a rewrite computes what it replaces.
 
@@ -48,7 +52,7 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     """
     try:
         return _certify(graph, rewrite, where, rule)
-    except VerificationError:
+    except (VerificationError, Uncertifiable):
         raise
     except Exception as error:
         raise VerificationError(
@@ -60,6 +64,8 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
 def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
     from reparam.rewrite import Add, applies
 
+    if rewrite.outputs:
+        return _certify_together(graph, rewrite, where, rule)
     largest = 0.0
     for apply in applies(rewrite):
         for x in _inputs(apply.operator, apply.source):
@@ -70,6 +76,59 @@ def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
         total = value if isinstance(value, Add) else Add(((1.0, value),))
         largest = max(largest, _check_addition(graph, node, total, where, rule))
     return largest
+
+
+def _certify_together(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
+    """Compare the outputs of a rewrite before and after, on random values of all that is read from outside."""
+    largest = 0.0
+    changed = dict(rewrite.values)
+    for env in _environments(graph, rewrite):
+        for node in rewrite.outputs:
+            try:
+                expected = _evaluate(graph, node, dict(env))
+            except Exception as error:
+                raise Uncertifiable(
+                    f"the shapes on the way are not known ({_first_line(error)}); pass example_inputs"
+                ) from error
+            actual = _evaluate(graph, node, dict(env), changed)
+            largest = max(largest, _check(actual, [expected], where, rule))
+    return largest
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
+    """Random values for what a rewrite reads: of the shapes of an example, or of small ones when one value is read."""
+    from reparam.rewrite import applies
+
+    within = {node for node, _ in rewrite.values} | set(rewrite.through)
+    outside = {
+        source: None for node in within for source in node.all_input_nodes if source not in within
+    }  # in a fixed order
+    read = sorted(node for node in outside if node.op != "get_attr")
+    generator = _generator()
+    if all("example" in node.meta for node in read):
+        yield {node: _like_example(node.meta["example"], generator) for node in read}
+        return
+    sources = {apply.source: apply.operator for apply in applies(rewrite)}
+    tensors = [node for node in read if node.meta.get("kind") != "other"]
+    if len(tensors) != 1:
+        raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
+    # The norm itself, when the operators that take it in read something that it passed.
+    norm = graph.op(next(node for node in (*tensors[0].users, *sources) if node in dict(rewrite.values)))
+    operator = sources.get(tensors[0]) or (norm if isinstance(norm, Operator) else None)
+    if operator is None:
+        raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
+    for x in _inputs(operator, tensors[0]):
+        yield {tensors[0]: x}
+
+
+def _like_example(example: Any, generator: torch.Generator) -> Any:
+    if isinstance(example, torch.Size):
+        return torch.randn(example, dtype=torch.float64, generator=generator)
+    return example
 
 
 def _generator() -> torch.Generator:
@@ -161,14 +220,25 @@ def _device(operator: Operator) -> torch.device:
     return operator.scale.device if isinstance(operator, ChannelAffine) else torch.device("cpu")
 
 
-def _evaluate(graph: Graph, node: Node, env: dict[Node, Any]) -> Any:
-    """The value of a node in float64, with torch's own functions, given the values of some earlier nodes."""
+def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[Node, Any] | None = None) -> Any:
+    """The value of a node in float64, with torch's own functions, given the values of some earlier nodes.
+
+    ``changed`` has what takes the places of some nodes: another node, or an operator applied to one.
+    """
     if node in env:
         return env[node]
 
     def value(item: Node) -> Any:
-        return _evaluate(graph, item, env)
+        return _evaluate(graph, item, env, changed)
 
+    instead = (changed or {}).get(node)
+    if isinstance(instead, Node):
+        env[node] = value(instead)
+        return env[node]
+    if instead is not None:
+        operator = instead.operator.double() if isinstance(instead.operator, AnyConv) else instead.operator
+        env[node] = operator(value(instead.source))
+        return env[node]
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
     match node.op:
         case "placeholder":

@@ -19,7 +19,7 @@ from strategies import divisors
 from torch import Tensor, nn
 
 import reparam
-from reparam import aliasing, capture, passes, rewrite
+from reparam import aliasing, capture, passes, rewrite, views
 from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator
 from reparam.verify import as_call
 from support import randomise
@@ -51,6 +51,7 @@ def graph_of(module: nn.Module, example_inputs: Any = None) -> reparam.Graph:
     assert captured.traced, captured.remarks
     modules = dict(captured.root.named_modules())
     aliasing.make_out_of_place(captured.graph, modules)
+    views.settle(captured.graph.nodes, modules)
     return reparam.Graph(captured.graph, modules)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +80,80 @@ def test_compile_time_misses_a_bar_loudly(monkeypatch: pytest.MonkeyPatch, capsy
         compile_time.main()
     assert stop.value.code == 1
     assert "no" in capsys.readouterr().out
+
+
+def test_zoo_compiles_what_it_is_asked_for(tmp_path: Path) -> None:
+    """One is an architecture file, for which its smallest model stands; the other is a model."""
+    results, page = tmp_path / "results.json", tmp_path / "zoo.md"
+    ran = run(
+        "zoo.py", "--models", "byobnet", "test_resnet", "--check", "--json", str(results), "--markdown", str(page)
+    )
+    assert ran.returncode == 0, ran.stderr + ran.stdout
+    rows = json.loads(results.read_text())["results"]
+    assert [(row["file"], row["model"]) for row in rows] == [("byobnet", "test_byobnet"), ("test_resnet",) * 2]
+    for row in rows:
+        assert (row["capture"], row["failure"], row["left"]) == ("traced", "", [])
+        assert row["peers"]["training graph"]["norms"] == {"batch": row["counts"]["norms"][0]}
+        assert row["ours"]["norms"] == {}
+        assert row["ours"]["kernels"] < row["peers"]["training graph"]["kernels"]
+        assert 0 < row["ours"]["error"] < 1e-4
+    assert "| models compiled | 2 of 2 |" in page.read_text()
+    assert "| byobnet | test_byobnet | 96x96 | traced | 14 batch / 72 |" in page.read_text()
+
+
+def test_zoo_knows_no_such_model() -> None:
+    ran = run("zoo.py", "--models", "no_such_model")
+    assert ran.returncode != 0
+    assert "no architecture file and no model of timm is called no_such_model" in ran.stderr
+
+
+def test_zoo_goes_on_after_a_crash_and_a_model_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import zoo
+
+    def examine(row: zoo.Row) -> None:
+        match row.file:
+            case "crashes":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hangs":
+                time.sleep(60)
+            case "raises":
+                raise ValueError("no such thing\nand more")
+
+    monkeypatch.setattr(zoo, "examine", examine)
+    rows = zoo.sweep([zoo.Row(name) for name in ("crashes", "hangs", "raises", "works")], jobs=2, limit=3)
+    assert sorted((row.file, row.failure) for row in rows) == [
+        ("crashes", "the process died of SIGKILL"),
+        ("hangs", "took more than 3 s"),
+        ("raises", "ValueError: no such thing"),
+        ("works", ""),
+    ]
+
+
+def test_zoo_names_each_bar_that_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from zoo import Left, Outcome, Row, problems
+
+    def row(**changes: Any) -> Row:
+        peers = {
+            "training graph": Outcome({"batch": 2}, kernels=9),
+            "timm": Outcome({"batch": 1}, kernels=8),
+            "torch.fx": Outcome(kernels=1, error=0.5),  # less, and wrong
+        }
+        ours = Outcome({"batch": 1}, kernels=8, error=1e-6)
+        return Row("net", "net", ours=ours, peers=peers, left=[Left("norm", "batch", ["true"])], **changes)
+
+    assert problems(row()) == []
+    failed = row(failure="ReparamError: no")
+    assert problems(failed) == ["does not compile: ReparamError: no"]
+    rounded, wrong = row(error_in_double=1e-15), row(error_in_double=0.1)
+    rounded.ours.error = wrong.ours.error = 0.1
+    assert problems(rounded) == []
+    assert problems(wrong) == ["wrong by 1e-01, in float64 by 1e-01"]
+    silent = row()
+    silent.left.append(Left("other", "layer", []))
+    assert problems(silent) == ["unexplained norms: 1 layer"]
+    for worse in (Outcome({"batch": 2}, kernels=7), Outcome({}, kernels=9)):
+        beaten = row()
+        beaten.ours = worse
+        assert any("timm leaves 1 norms and 8 kernels" in problem for problem in problems(beaten))

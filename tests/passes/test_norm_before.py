@@ -159,7 +159,7 @@ def test_norm_that_is_returned_is_left():
 
     net = model(forward, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
     compiled = reparam.compile(net)
-    assert reasons(compiled) == ["it is also read by output, which cannot take it in"]
+    assert reasons(compiled) == ["it is also read by the output, which cannot take it in"]
     assert_same(net, compiled, image(3, 2))
 
 

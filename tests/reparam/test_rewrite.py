@@ -172,7 +172,7 @@ def test_a_remark_for_every_rewrite_and_refusal():
     report = reparam.compile(net).report
     assert [str(remark) for remark in report.remarks] == [
         "fused   norm: folded norm into conv [NormAfterLinear]",
-        "missed  last: nothing linear stands next to it [Lift]",
+        "missed  last: nothing linear stands next to it: it reads relu, read by the output [Lift]",
     ]
 
 

@@ -327,7 +327,8 @@ def test_a_shift_passes_exactly_when_all_outputs_receive_the_same_of_it(data: st
 def test_upsampling_with_equal_taps_takes_a_norm_in():
     """Nearest-neighbour upsampling by a transposed convolution, with weights of its own for every channel."""
     weight = random_tensor((3, 2, 1, 1), 0).expand(3, 2, 2, 2)
-    operator = ConvTranspose.of_torch(weight, stride=(2, 2))
+    operator = ConvTranspose.of_torch(weight, random_tensor((2,), 3), stride=(2, 2))
+    operator = operator.then(ChannelAffine(random_tensor((2,), 4), None, -3))
     norm = ChannelAffine(random_tensor((3,), 1), random_tensor((3,), 2), -3)
     assert_computes(operator.after(norm), chain(norm, operator), inputs(3, operator))
 
@@ -711,3 +712,64 @@ def test_without_example_inputs_the_first_layer_shows_what_to_check_with():
     compiled = reparam.compile(net)
     assert compiled.report.comparison is not None
     assert_same(net, compiled, x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_doubling_after_a_padded_convolution(bias):
+    """Writes of 2x2 at stride 2 do not overlap: what the convolution does not compute would be written outside."""
+    doubling = ConvTranspose(random_tensor((2, 3, 2), 0), random_tensor((2,), 1), stride=(2,))
+    padded = Conv(random_tensor((3, 2, 3), 2), random_tensor((3,), 3) if bias else None, padding=((1, 1),))
+    if bias:
+        refuses("evenly", doubling.after, padded)
+    else:
+        assert_computes(doubling.after(padded), chain(padded, doubling), inputs(2, padded, doubling))
+
+
+def test_an_outline_shows_what_a_sequence_would_be_and_takes_no_shift():
+    doubling = ConvTranspose(random_tensor((2, 3, 2), 0), stride=(2,))
+    one = Conv(random_tensor((3, 2, 1), 1))
+    outline, real = doubling.after(one, outline=True), doubling.after(one)
+    assert (outline.weight.shape, outline.padding, outline.stride) == (real.weight.shape, real.padding, real.stride)
+    refuses("shift", lambda inner: doubling.after(inner, outline=True), ChannelAffine.uniform(1.0, 2.0))
+    refuses("shift", lambda inner: doubling.after(inner, outline=True), replace(one, bias=torch.ones(3)))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_1x1_convolution_beside_an_upsampling_becomes_part_of_it(first):
+    one, up = nn.Conv2d(8, 8, 1, bias=not first), nn.ConvTranspose2d(8, 8, 4, 2, 1)
+    net = model(lambda s, x: s.layers(x), layers=nn.Sequential(*((one, up) if first else (up, one))))
+    x = normal(2, 8, 5, 4)
+    compiled = reparam.compile(net, x)
+    assert compiled.report.after.kernels == 1
+    assert_same(net, compiled, x)
+
+
+def test_branches_of_several_layers_each():
+    """A term of the sum may be a 1x1 convolution and an upsampling, whose bias no upsampling takes in."""
+    net = model(
+        lambda s, x: s.a(x) + s.b(x),
+        a=nn.Sequential(nn.Conv2d(4, 6, 1), nn.ConvTranspose2d(6, 4, 4, 2, 1)),
+        b=nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)),
+    )
+    x = normal(2, 4, 5, 4)
+    compiled = reparam.compile(net, x)
+    assert_same(net, compiled, x)
+    assert compiled.report.after.norms == 0
+    net.a[0].bias = None
+    compiled = reparam.compile(net, x)
+    assert compiled.report.after.kernels == 1
+    assert_same(net, compiled, x)
+
+
+def test_a_bias_inside_a_branch_stays_where_no_kernel_takes_it_in():
+    """What the last layers of a branch are together is known without their numbers; what a bias adds is not."""
+    net = model(
+        lambda s, x: s.a(x) + s.b(x),
+        a=nn.Sequential(nn.Conv1d(4, 6, 1), nn.ConvTranspose1d(6, 4, 4, 2, 1), nn.Conv1d(4, 4, 1)),
+        b=nn.ConvTranspose1d(4, 4, 2, 2),
+    )
+    x = normal(2, 4, 5)
+    compiled = reparam.compile(net, x)
+    assert_same(net, compiled, x)
+    # The first layer stays, the two after it become one.
+    assert compiled.report.after.convolutions == 3

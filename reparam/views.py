@@ -1,0 +1,357 @@
+"""Where the axes of a value go: views, permutations, poolings, reductions.
+
+A per-channel scale and shift moves through an operation when the channels' axis of its input is an axis of its output
+(:mod:`reparam.passage`), and the number of channels is known beyond it. Sizes are compared as symbols: the batch size
+is whatever ``x.shape[0]`` is, and nothing here depends on the sizes of an example.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.fx import Node
+
+from reparam import facts
+
+# A known number, an axis of a value (counted from the front), or None.
+Size: TypeAlias = "int | tuple[Node, int] | None"
+
+_SAME = frozenset("contiguous clone detach alias".split())
+_POOLS = (
+    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample,
+)  # fmt: skip
+_POOL_FUNCTIONS = frozenset(
+    [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)]
+    + ["interpolate", "upsample"]
+)
+_RESHAPES = frozenset("view reshape view_as reshape_as".split())
+_REDUCTIONS = frozenset("mean amax amin".split())
+
+
+@dataclass(frozen=True)
+class Axes:
+    """An operation on one value that leaves some of its axes alone.
+
+    Attributes:
+        rank: Number of axes of the value, the node's first argument.
+        out_rank: Number of axes of the result.
+        to: For every axis of the source, the axis of the result that it becomes, index by index; None when it is
+            mixed, merged, cut or gone.
+        merged: The axes of the source, first and last, that become one axis of the result, and that axis; None
+            when no axes are merged.
+    """
+
+    rank: int
+    out_rank: int
+    to: tuple[int | None, ...]
+    merged: tuple[int, int, int] | None = None
+
+    def back(self, axis: int) -> int | None:
+        """The axis of the source, counted from the end, for one of the result counted from the end."""
+        position = axis + self.out_rank
+        return self.to.index(position) - self.rank if position in self.to else None
+
+    def forth(self, axis: int) -> int | None:
+        """The axis of the result, counted from the end, for one of the source counted from the end."""
+        position = self.to[axis + self.rank] if 0 <= axis + self.rank < self.rank else None
+        return None if position is None else position - self.out_rank
+
+
+def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
+    """Write into every node's ``meta`` where the ``axes`` of its first input go, and how many ``channels`` it has.
+
+    Args:
+        nodes: In the order in which they run; their ranks are as well known as they will be.
+        modules: The module at every path.
+    """
+    for node in nodes:
+        node.meta["axes"] = _axes(node, modules)
+        if "channels" not in node.meta:
+            known = _inherited_channels(node)
+            if known is not None:
+                node.meta["channels"] = known
+
+
+def axes(node: Node) -> Axes | None:
+    """Where the axes of a node's first input go, or None when that is not known."""
+    known: Axes | None = node.meta.get("axes")
+    return None if "frozen" in node.meta else known
+
+
+def _inherited_channels(node: Node) -> tuple[int, int] | None:
+    """The channels' number and axis where no layer makes them: a view, a pool, a sum, a concatenation."""
+    name = facts.target_name(node)
+    known = [source.meta.get("channels") for source in node.all_input_nodes]
+    if name in ("cat", "concat", "concatenate"):
+        dim, rank = facts.Arguments(node).get(1, "dim", 0), node.meta.get("rank")
+        parts = node.args[0] if node.args else ()
+        if rank is None or type(dim) is not int or not isinstance(parts, (tuple, list)):
+            return None
+        counts = [channels(part, dim % rank - rank) if isinstance(part, Node) else None for part in parts]
+        return None if None in counts else (sum(filter(None, counts)), dim % rank - rank)
+    if node.op.startswith("call") and name in facts.ARITHMETIC:
+        # More than one channel beside whatever broadcasts to it.
+        ranks = {source.meta.get("rank") for source in node.all_input_nodes if source.meta.get("kind") == "tensor"}
+        return next((own for own in known if own and own[0] > 1 and len(ranks) == 1), None)
+    moved = axes(node)
+    if moved is not None:
+        own = known[0]
+        axis = None if own is None else moved.forth(own[1])
+        return None if own is None or axis is None else (own[0], axis)
+    if facts.keeps_shape(node):
+        return known[0] if known else None
+    return None
+
+
+def _axes(node: Node, modules: Mapping[str, Any]) -> Axes | None:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or "frozen" in node.meta:
+        return None
+    rank = source.meta.get("rank")
+    if rank is None:
+        return None
+    if node.op == "call_module":
+        return _of_module(node, modules[str(node.target)], source, rank)
+    if node.op in ("call_function", "call_method"):
+        return _of_function(node, source, rank)
+    return None
+
+
+def _of_module(node: Node, module: Any, source: Node, rank: int) -> Axes | None:
+    match module:
+        case nn.Flatten():
+            return _flatten(rank, module.start_dim, module.end_dim)
+        case nn.Unflatten(dim=int(dim)):
+            return _unflatten(rank, dim, module.unflattened_size)
+        case _ if type(module).__module__ == "torch.nn.modules.padding":
+            return _pad(rank, module.padding)
+        case _ if isinstance(module, _POOLS) and not getattr(module, "return_indices", False):
+            return _keeps_first_two(rank)
+    return None
+
+
+def _of_function(node: Node, source: Node, rank: int) -> Axes | None:
+    name, arguments = facts.target_name(node), facts.Arguments(node)
+    if name in _SAME:
+        return Axes(rank, rank, tuple(range(rank)))
+    if name in _POOL_FUNCTIONS:
+        return None if arguments.get(6, "return_indices", False) else _keeps_first_two(rank)
+    if name in _RESHAPES:
+        return _reshape(node, name, source, rank)
+    if name in _REDUCTIONS and arguments.named("dtype") is None:
+        return _reduce(rank, arguments.get(1, "dim", None), arguments.get(2, "keepdim", False))
+    match name:
+        case "pad" | "_pad":
+            return _pad(rank, arguments.get(1, "pad", None))
+        case "flatten":
+            return _flatten(rank, arguments.get(1, "start_dim", 0), arguments.get(2, "end_dim", -1))
+        case "unflatten":
+            return _unflatten(rank, arguments.get(1, "dim", None), arguments.get(2, "sizes", None))
+        case "transpose" | "swapaxes" | "swapdims":
+            return _swap(rank, arguments.get(1, "dim0", None), arguments.get(2, "dim1", None))
+        case "t":
+            return _swap(rank, 0, 1) if rank == 2 else None
+        case "permute":
+            return _permute(rank, _flat(node.args[1:]) or arguments.named("dims"))
+        case "unsqueeze":
+            dim = arguments.get(1, "dim", None)
+            if not isinstance(dim, int):
+                return None
+            at = dim % (rank + 1)
+            return Axes(rank, rank + 1, tuple(i + (i >= at) for i in range(rank)))
+        case "squeeze":
+            dims = arguments.get(1, "dim", None)
+            return None if dims is None else _reduce(rank, dims, False)
+        case "getitem":
+            return _index(source, rank, node.args[1])
+        case "getattr" if node.args[1] in ("T", "mT") and rank >= 2:
+            return _swap(rank, -2, -1) if rank == 2 or node.args[1] == "mT" else None
+    return None
+
+
+def _keeps_first_two(rank: int) -> Axes | None:
+    """Poolings and resampling work on the axes after batch and channels."""
+    return Axes(rank, rank, (0, 1, *[None] * (rank - 2))) if rank >= 3 else None
+
+
+def _pad(rank: int, amounts: Any) -> Axes | None:
+    """torch counts the axes from the last to the first; what is not padded stays."""
+    amounts = amounts if isinstance(amounts, (tuple, list)) else None
+    if amounts is None or not all(type(amount) is int for amount in amounts) or len(amounts) > 2 * rank:
+        return None
+    padded = {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
+    return Axes(rank, rank, tuple(None if i in padded else i for i in range(rank)))
+
+
+def _flat(values: Sequence[Any]) -> tuple[Any, ...]:
+    """``(1, 2)`` for both ``f(1, 2)`` and ``f((1, 2))``."""
+    return tuple(values[0]) if len(values) == 1 and isinstance(values[0], (tuple, list)) else tuple(values)
+
+
+def _flatten(rank: int, start: Any, end: Any) -> Axes | None:
+    if not isinstance(start, int) or not isinstance(end, int) or not rank:
+        return None
+    first, last = start % rank, end % rank
+    to = tuple(i if i < first else i - (last - first) if i > last else None for i in range(rank))
+    if first == last:
+        return Axes(rank, rank, tuple(range(rank)))
+    return Axes(rank, rank - (last - first), to, (first, last, first))
+
+
+def _unflatten(rank: int, dim: Any, sizes: Any) -> Axes | None:
+    if not isinstance(dim, int) or not isinstance(sizes, (tuple, list)):
+        return None
+    at, more = dim % rank, len(sizes) - 1
+    to = tuple(i if i < at else i + more if i > at else None for i in range(rank))
+    return Axes(rank, rank + more, to)
+
+
+def _swap(rank: int, a: Any, b: Any) -> Axes | None:
+    if not isinstance(a, int) or not isinstance(b, int):
+        return None
+    to = list(range(rank))
+    to[a % rank], to[b % rank] = to[b % rank], to[a % rank]
+    return Axes(rank, rank, tuple(to))
+
+
+def _permute(rank: int, dims: Any) -> Axes | None:
+    if not isinstance(dims, (tuple, list)) or len(dims) != rank or not all(isinstance(d, int) for d in dims):
+        return None
+    order = [d % rank for d in dims]
+    return Axes(rank, rank, tuple(order.index(i) for i in range(rank)))
+
+
+def _reduce(rank: int, dims: Any, keep: Any) -> Axes | None:
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    if not all(type(dim) is int for dim in dims) or not isinstance(keep, bool):
+        return None
+    gone = {dim % rank for dim in dims}
+    if keep:
+        return Axes(rank, rank, tuple(None if i in gone else i for i in range(rank)))
+    kept = [i for i in range(rank) if i not in gone]
+    return Axes(rank, len(kept), tuple(kept.index(i) if i in kept else None for i in range(rank)))
+
+
+def _index(source: Node, rank: int, index: Any) -> Axes | None:
+    """Slices, numbers, None and the ellipsis; an axis that is cut or gone is no longer what it was."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if source.meta.get("kind") != "tensor" or any(
+        not (item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int) for item in items
+    ):
+        return None
+    named = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    at = items.index(Ellipsis)
+    items[at : at + 1] = [slice(None)] * (rank - named)
+    to: list[int | None] = []
+    position = 0
+    for item in items:
+        if item is not None:
+            to.append(position if item == slice(None) else None)
+        position += type(item) is not int
+    return Axes(rank, position, tuple(to)) if len(to) == rank else None
+
+
+# Reshapes.
+
+
+def _reshape(node: Node, name: str, source: Node, rank: int) -> Axes | None:
+    """An axis stays what it is when as many numbers lie before it as before, or after it, and it is as long."""
+    old = [size(source, axis) for axis in range(rank)]
+    new = _new_sizes(node, name)
+    if new is None:
+        return None
+    to: list[int | None] = [None] * rank
+    start = 0
+    while start < min(rank, len(new)) and _equal(old[start], new[start]):
+        to[start] = start
+        start += 1
+    end = 0
+    while end < min(rank, len(new)) - start and _equal(old[-1 - end], new[-1 - end]):
+        to[rank - 1 - end] = len(new) - 1 - end
+        end += 1
+    merged = (start, rank - 1 - end, start) if len(new) - start - end == 1 and rank - start - end > 1 else None
+    if rank - start - end == 1 and len(new) - start - end == 1:
+        to[start] = start  # all others agree
+    return Axes(rank, len(new), tuple(to), merged)
+
+
+def _equal(a: Size, b: Size) -> bool:
+    return a is not None and a == b
+
+
+def _new_sizes(node: Node, name: str) -> list[Size] | None:
+    """The sizes that a reshape asks for; None for one that is worked out."""
+    if name.endswith("_as"):
+        other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
+        rank = other.meta.get("rank") if isinstance(other, Node) else None
+        return None if rank is None else [size(other, axis) for axis in range(rank)]  # type: ignore[arg-type]
+    wanted = _flat(node.args[1:]) or node.kwargs.get("shape") or node.kwargs.get("size")
+    if not isinstance(wanted, (tuple, list)):
+        return None
+    return [_size_of(item) for item in wanted]
+
+
+def _size_of(item: Any) -> Size:
+    """The size that an argument of a reshape stands for."""
+    if isinstance(item, int):
+        return item if item >= 0 else None
+    if not isinstance(item, Node):
+        return None
+    value, axis = _read_size(item)
+    rank = value.meta.get("rank") if value is not None else None
+    if value is None or rank is None or not -rank <= axis < rank:
+        return None
+    return size(value, axis % rank)
+
+
+def _read_size(item: Node) -> tuple[Node | None, int]:
+    """The value, and its axis, whose size a node is: ``x.shape[i]``, ``x.size(i)``, ``x.size()[i]``."""
+    nothing = None, 0
+    if item.op == "call_method" and item.target == "size" and len(item.args) == 2:
+        return (item.args[0], item.args[1]) if type(item.args[1]) is int else nothing  # type: ignore[return-value]
+    if item.target is not operator.getitem or type(item.args[1]) is not int or not isinstance(item.args[0], Node):
+        return nothing
+    shape = item.args[0]
+    whole = shape.target is getattr and shape.args[1] == "shape"
+    whole = whole or (shape.op == "call_method" and shape.target == "size" and len(shape.args) == 1)
+    return (shape.args[0], item.args[1]) if whole else nothing  # type: ignore[return-value]
+
+
+def size(node: Node, axis: int) -> Size:
+    """The size of an axis, counted from the front: a number when a layer shows it, else the value it comes from."""
+    while True:
+        rank = node.meta.get("rank")
+        known = node.meta.get("channels")
+        if rank is not None and known is not None and known[1] + rank == axis:
+            return int(known[0])
+        source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if source is None or rank is None or source.meta.get("rank") is None:
+            return node, axis
+        if facts.keeps_shape(node) and source.meta["rank"] == rank:
+            node = source
+            continue
+        if known is not None and source.meta["rank"] == rank and (axis == 0 or known[1] == -1):
+            # A convolution keeps the batch, a matrix product all axes but the last.
+            node = source
+            continue
+        moved = axes(node)
+        if moved is None or moved.back(axis - moved.out_rank) is None:
+            return node, axis
+        node, axis = source, moved.to.index(axis)
+
+
+def channels(node: Node, axis: int) -> int | None:
+    """Number of channels of a value along an axis counted from the end, when the layer that made it shows it."""
+    rank = node.meta.get("rank")
+    if rank is None:
+        known = node.meta.get("channels")
+        return known[0] if known is not None and known[1] == axis else None
+    found = size(node, axis + rank) if 0 <= axis + rank < rank else None
+    return found if isinstance(found, int) else None
