@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reparam import aliasing, emit, facts, inside, measure, mentions, views
 from reparam import capture as capturing
+from reparam import probe as probing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
 from reparam.algebra import AnyConv
@@ -228,6 +229,7 @@ def _compile_graph(
 ) -> tuple[CompiledModel, _Work]:
     """Rewrite what was traced, and compile what lies inside of its opaque leaves."""
     modules = captured.modules
+    captured.remarks = probing.add_remarks(captured.remarks, probing.probe(captured.graph, modules))
     opaque = {
         str(node.target): modules[str(node.target)] for node in captured.graph.nodes if _is_opaque(node, captured)
     }

@@ -341,7 +341,7 @@ def _becomes_index(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def keeps_shape(node: Node) -> bool:
     """Whether a node is known to return its first input's shape."""
-    return target_name(node) in _KEEP_SHAPE or "keeps_shape" in node.meta
+    return (node.op != "call_module" and target_name(node) in _KEEP_SHAPE) or "keeps_shape" in node.meta
 
 
 def note(node: Node, module: nn.Module | None = None) -> None:

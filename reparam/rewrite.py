@@ -164,8 +164,8 @@ class Graph:
         )
 
     def is_opaque(self, node: Node) -> bool:
-        """Whether a node calls Python that was not traced."""
-        if node.op != "call_module":
+        """Whether a node calls Python that was not traced, and of which nothing else is known."""
+        if node.op != "call_module" or "operator" in node.meta:
             return False
         module = self.modules[str(node.target)]
         return not is_leaf(module) or carries_hooks(module)

@@ -7,7 +7,9 @@ room for a mistake at an edge. Whole models are compared in their own precision.
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -244,9 +246,7 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[N
             owner, _, name = str(node.target).rpartition(".")
             result = _double(getattr(graph.modules[owner], name))
         case "call_module":
-            module = graph.modules[str(node.target)]
-            tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-            result = torch.func.functional_call(module, {k: _double(v) for k, v in tensors.items()}, args, kwargs)
+            result = InDouble(graph.modules[str(node.target)])(*args, **kwargs)
         case "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         case _:
@@ -254,6 +254,40 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[N
             result = function(*args, **kwargs)
     env[node] = result
     return result
+
+
+class InDouble:
+    """A module's forward with its parameters and buffers in float64.
+
+    Attributes:
+        storages: Identities of the memory that these lie in.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        if isinstance(module, torch.jit.ScriptModule):
+            # Its tensors cannot be exchanged for a call.
+            with warnings.catch_warnings():
+                # torch asks the copies, which are no leaves, for gradients.
+                warnings.simplefilter("ignore")
+                self.module = copy.deepcopy(module).double().eval()
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        self.tensors = {name: _double(tensor) for name, tensor in tensors}
+        self.storages = frozenset(tensor.untyped_storage()._cdata for tensor in self.tensors.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output.
+
+        Raises:
+            VerificationError: It replaces one of its tensors by another.
+        """
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return self.module(*args, **kwargs)
+        tensors = dict(self.tensors)
+        result = torch.func.functional_call(self.module, tensors, args, kwargs)
+        if any(tensors[name] is not tensor for name, tensor in self.tensors.items()):
+            raise VerificationError(f"{type(self.module).__name__} replaces its own tensors")
+        return result
 
 
 def _double(tensor: Tensor) -> Tensor:
