@@ -278,8 +278,9 @@ def is_floating(node: Node) -> bool:
 def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
     """Decide how many axes inputs have, and which may be of integers, where no example shows it.
 
-    An input that a convolution reads has the axes that convolutions read. Inputs are taken to be of floating-point numbers, with two exceptions: what arithmetic turns into indices, and
-    images that are divided (``image / 255``) before any layer has read them.
+    An input that a convolution reads has the axes that convolutions read. Inputs are taken to be of floating-point
+    numbers, with two exceptions: what arithmetic turns into indices, and images that are divided (``image / 255``)
+    before any layer has read them.
     """
     nodes = list(nodes)
     _settle_ranks(nodes, modules)
