@@ -78,6 +78,29 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
     return frozen
 
 
+def memory(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, set[Node]]:
+    """For every value, the nodes that may have made the memory that it lies in."""
+    homes: dict[Node, set[Node]] = {}
+    for node in graph.nodes:
+        sources = node.all_input_nodes if node.op == "output" or _may_alias(node, modules) else ()
+        homes[node] = set().union(*(homes[source] for source in sources)) or {node}
+    return homes
+
+
+def writes_to_inputs(graph: Graph, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a call may change the tensors that it is given."""
+    homes = memory(graph, modules)
+    changed = [value for node in graph.nodes if (value := written(node, modules)) is not None]
+    return any(base.op == "placeholder" for value in changed for base in homes[value])
+
+
+def inputs_in_outputs(graph: Graph, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the inputs that may share memory with an output, so that writing to one changes the other."""
+    homes = memory(graph, modules)
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return {str(base.target) for base in homes[output] if base.op == "placeholder"}
+
+
 def _keep_in_place(frozen: Iterable[Node], modules: MutableMapping[str, nn.Module]) -> None:
     """Give calls that have to stay in place a layer of their own, where another call made theirs out-of-place."""
     for node in frozen:

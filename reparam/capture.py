@@ -26,12 +26,14 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.proxy import Attribute, Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam import aliasing, facts
+from reparam.constants import has_activation, meeting_activations
 from reparam.errors import CaptureError
 from reparam.report import Remark
 
@@ -79,14 +81,26 @@ def capture(model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, A
     return trace(root, example_inputs)
 
 
-def trace(root: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Capture:
-    """Trace a module that may be changed and that is in eval mode; see :func:`capture`."""
+def trace(
+    root: nn.Module,
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    *,
+    assume_tensor: bool = True,
+) -> Capture:
+    """Trace a module that may be changed and that is in eval mode; see :func:`capture`.
+
+    Args:
+        root: The module.
+        example_inputs: As for :func:`capture`.
+        assume_tensor: Whether the first argument of a model is a tensor where no example shows it; that of a part of
+            a model may be anything.
+    """
     modules = dict(root.named_modules())
     storages = tensor_storages(modules.values())
     state = _State(modules.values())
-    tracer = _Tracer(modules, example_inputs, state)
+    tracer = _Tracer(modules, example_inputs, state, assume_tensor)
     try:
-        with torch.no_grad(), _NoSideEffects(storages):
+        with torch.no_grad(), _NoSideEffects(storages), _forward_only(), meeting_activations(tracer.call_on_constant):
             _move_forward_to_class(root)
             graph = tracer.trace(root, tracer.fixed_arguments(root))
             for module in modules.values():
@@ -133,7 +147,11 @@ def private_copy(model: nn.Module) -> nn.Module:
                     f"{type(module).__name__}.{name} has no values yet; run the model once, or load a checkpoint"
                 )
             memo.setdefault(id(tensor), _alias(tensor))
-    plain = [module for module in modules if _copies_plainly(type(module))]  # type: ignore[arg-type]
+    for module in modules:
+        if unwrapped(module) is not module:
+            memo[id(module)] = Wrapper.__new__(Wrapper)
+    left = [module for module in modules if id(module) not in memo]
+    plain = [module for module in left if _copies_plainly(type(module))]  # type: ignore[arg-type]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     try:
@@ -141,6 +159,9 @@ def private_copy(model: nn.Module) -> nn.Module:
             # What ``module.compile()`` keeps would run the module itself.
             attributes = {k: v for k, v in module.__dict__.items() if k != "_compiled_call_impl"}
             memo[id(module)].__dict__.update({k: _copied(v, memo) for k, v in attributes.items()})
+        for module in modules:
+            if unwrapped(module) is not module:
+                memo[id(module)].wrap(module, copy.deepcopy(next(module.children()), memo))
         result: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
@@ -148,6 +169,28 @@ def private_copy(model: nn.Module) -> nn.Module:
         ) from error
     _set_eval(result)
     return result
+
+
+class Wrapper(nn.Module):
+    """In the place of a wrapper inside a copy: what it wraps, under the name that the wrapper has for it."""
+
+    def wrap(self, original: nn.Module, module: nn.Module) -> None:
+        """Wrap ``module`` as ``original`` wraps its own, with the same hooks."""
+        nn.Module.__init__(self)
+        self.__dict__.update({name: copy.copy(original.__dict__[name]) for name in _ROOT_HOOKS})
+        self.name = next(iter(original._modules))
+        self._modules[self.name] = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped module computes."""
+        return self._modules[self.name](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # So does the wrapper of ``torch.compile``.
+            return getattr(self.__dict__["_modules"][self.__dict__["name"]], name)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -193,12 +236,23 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     cls = type(value)
     if cls in _ATOMS or (cls is tuple and all(type(item) in _ATOMS for item in value)):
         return value
-    if cls is dict:
-        return {k: _copied(v, memo) for k, v in value.items()}
-    if cls in (OrderedDict, set, list) and not value:
-        return cls()
     known = memo.get(id(value))
-    return known if known is not None else copy.deepcopy(value, memo)
+    if known is not None:
+        return known
+    if cls is dict:
+        # Noted before it is filled, as several modules may hold it.
+        copied: dict[Any, Any] = memo.setdefault(id(value), {})
+        copied.update({k: _copied(v, memo) for k, v in value.items()})
+        return copied
+    if cls in (OrderedDict, set, list) and not value:
+        return memo.setdefault(id(value), cls())
+    return copy.deepcopy(value, memo)
+
+
+def has_optional_arguments(model: nn.Module) -> bool:
+    """Whether a call of a model may leave arguments out, or give as many as it likes."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    return any(parameter.default is not parameter.empty or parameter.kind in _VARIADIC for parameter in parameters)
 
 
 def in_eval_mode(model: nn.Module) -> nn.Module:
@@ -235,25 +289,38 @@ def _storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors share when they are the same numbers in the same memory, as copies of tied parameters are."""
+    try:
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    except (NotImplementedError, RuntimeError):
+        return (id(tensor),)
+    return place if place[0] else (id(tensor),)
+
+
 _OWN_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
 
 def own_tensors(root: nn.Module, shared: frozenset[int]) -> None:
     """Give a model its own memory wherever it lies in ``shared``, keeping ties between its tensors."""
-    clones: dict[int, Tensor] = {}
+    clones: dict[Any, Tensor] = {}
 
     def owned(value: Any) -> Any:
         if isinstance(value, Tensor) and _storage(value) in shared:
-            if id(value) not in clones:
+            is_parameter = isinstance(value, nn.Parameter)
+            key = (is_parameter, *_place(value))
+            if key not in clones:
                 clone = value.detach().clone()
-                is_parameter = isinstance(value, nn.Parameter)
-                clones[id(value)] = nn.Parameter(clone, value.requires_grad) if is_parameter else clone
-            return clones[id(value)]
+                clones[key] = nn.Parameter(clone, value.requires_grad) if is_parameter else clone
+            return clones[key]
         if type(value) in (list, tuple):
             return type(value)(owned(item) for item in value)
         return {k: owned(v) for k, v in value.items()} if type(value) is dict else value
 
     for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            # Its copy has memory of its own.
+            continue
         for values in (module._parameters, module._buffers, module.__dict__):
             # What torch keeps in dicts of its own (hooks, submodules) stays.
             found = {k: owned(v) for k, v in values.items() if type(v) not in _ATOMS and k not in _OWN_DICTS}
@@ -300,6 +367,21 @@ class _State:
             ):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
+
+
+def keeps_state(root: nn.Module, call: Callable[[], Any]) -> bool:
+    """Whether a model comes out of a call other than it went in; what it makes at its first call does not count."""
+    modules = list(root.modules())
+    with unchanged(root):
+        call()
+        state = _State(modules)
+        call()
+        return not all(
+            module.__dict__.keys() == state.attributes[module].keys()
+            and all(module.__dict__[name] is value for name, value in state.attributes[module].items())
+            and all(_same_items(module.__dict__[name], old) for name, old in state.contents[module].items())
+            for module in modules
+        )
 
 
 @contextmanager
@@ -368,6 +450,52 @@ def _move_forward_to_class(root: nn.Module) -> None:
     root.__class__ = type(cls.__name__, (cls,), {"forward": patched.__func__, "__module__": cls.__module__})
 
 
+class _Context:
+    """What the forward of an autograd function may tell its backward, which nobody asks."""
+
+    needs_input_grad = ()
+    save_for_backward = save_for_forward = mark_dirty = mark_non_differentiable = lambda self, *args: None
+    set_materialize_grads = lambda self, value: None  # noqa: E731
+
+
+@contextmanager
+def _forward_only() -> Iterator[None]:
+    """See through what only changes how gradients are computed: checkpoints, and autograd functions.
+
+    torch's own ``Function.apply`` does not survive a proxy.
+    """
+    module: Any = torch.utils.checkpoint
+    function: Any = torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def forward(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(issubclass(type(arg), Proxy) for arg in torch.utils._pytree.tree_leaves((args, kwargs))):
+            return apply.__get__(None, cls)(*args, **kwargs)
+        separate = cls.setup_context is not function.setup_context
+        return cls.forward(*args, **kwargs) if separate else cls.forward(_Context(), *args, **kwargs)
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
+            return function(*args)
+
+    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield  # once before what is wrapped runs, and ends after it
+
+    # Everybody has ``checkpoint`` under a name of their own; both its ways of working go through these.
+    shims = {"CheckpointFunction": Plain, "_checkpoint_without_reentrant_generator": nothing}
+    kept = {name: getattr(module, name) for name in shims if hasattr(module, name)}
+    try:
+        for name in kept:
+            setattr(module, name, shims[name])
+        function.apply = classmethod(forward)
+        yield
+    finally:
+        function.apply = apply
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
 class _NoSideEffects(TorchDispatchMode):
     """Refuse to run, while tracing, what must run at every call: writes to the model's tensors, random numbers."""
 
@@ -413,7 +541,16 @@ class _Value(Proxy):
             return rank
         if name in ("dim", "ndimension") and rank is not None:
             return lambda: rank
-        return Attribute(self, name)
+        return _Device(self, name) if name == "device" else Attribute(self, name)
+
+
+class _Device(Attribute):
+    """Where an activation lies. Its type is known when all tensors of the model lie on devices of one type."""
+
+    @property
+    def type(self) -> Any:
+        known = self.tracer.device_type  # type: ignore[attr-defined]
+        return Attribute(self, "type") if known is None else known
 
 
 def _in_place(name: str) -> Callable[[_Value, Any], Any]:
@@ -447,8 +584,10 @@ class _Tracer(torch.fx.Tracer):
         modules: dict[str, nn.Module],
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
         state: _State,
+        assume_tensor: bool = True,
     ) -> None:
         super().__init__()
+        self.assume_tensor = assume_tensor
         self.state = state
         self.autocast = _autocast()
         self.modules = modules
@@ -458,6 +597,9 @@ class _Tracer(torch.fx.Tracer):
         self.names: dict[int, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.arguments: list[str] = []
+        devices = {tensor.device.type for module in modules.values() for _, tensor in _tensors(module)}
+        self.device_type = devices.pop() if len(devices) == 1 else None
+        self.dtypes = {tensor.dtype for module in modules.values() for _, tensor in _tensors(module)}
 
     # Arguments of the root.
 
@@ -495,6 +637,8 @@ class _Tracer(torch.fx.Tracer):
         node.meta["scope"] = self.scope.module_path
         if fixed:
             node.meta["kind"] = "other"
+        elif kind == "placeholder" and not self.assume_tensor:
+            node.meta["kind"] = "unknown"
         if kind == "placeholder" and str(target) in self.examples:
             facts.note_value(node, self.examples[str(target)])
         facts.note(node, self.modules[target] if kind == "call_module" else None)
@@ -531,6 +675,13 @@ class _Tracer(torch.fx.Tracer):
             node.meta.update(rank=a.dim(), shape=tuple(a.shape))
             return node
         return super().create_arg(a)
+
+    def call_on_constant(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call on a constant; moving it to where the activations are is no call, it is there already."""
+        moved = [*args[1:], *kwargs.values()] if target == "to" and isinstance(args[0], Tensor) else []
+        if moved and self.device_type is not None and all(_is_place(value, args[0], self.dtypes) for value in moved):
+            return args[0]
+        return self.create_proxy(kind, target, args, kwargs)
 
     # Modules.
 
@@ -572,9 +723,19 @@ class _Tracer(torch.fx.Tracer):
             self.remarks.append(Remark("capture", "Trace", path, reason))
             return self._call_leaf(m, path, args, kwargs)
 
-    def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
+    def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        if not carries_hooks(m) and not has_activation(args) and not has_activation(kwargs):
+            return m.forward(*args, **kwargs)
         with torch.fx.proxy.ScopeContextManager(self.scope, torch.fx.proxy.Scope(path, type(m))):
             return self.create_proxy("call_module", path, args, kwargs)
+
+
+def _is_place(value: Any, constant: Tensor, dtypes: set[torch.dtype]) -> bool:
+    """Whether a value is the device of an activation, or its type where everything has that of the constant."""
+    if not issubclass(type(value), Attribute):
+        return False
+    same_type = constant.is_floating_point() and sum(dtype.is_floating_point for dtype in dtypes) == 1
+    return value.attr == "device" or (value.attr == "dtype" and same_type)
 
 
 def carries_hooks(module: nn.Module) -> bool:

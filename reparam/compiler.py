@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.export
 import torch.fx
 from torch import Tensor, nn
 
-from reparam import aliasing, emit, facts, measure, views
+from reparam import aliasing, emit, facts, inside, measure, mentions, views
 from reparam import capture as capturing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
 from reparam.algebra import AnyConv
-from reparam.errors import ReparamError, VerificationError
-from reparam.report import Comparison, Counts, Remark, Report
+from reparam.errors import CaptureError, ReparamError, VerificationError
+from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -36,6 +38,11 @@ class CompiledModel(torch.fx.GraphModule):
         """What the compiler did."""
         report: Report = self.meta["reparam"]
         return report
+
+    def __getattr__(self, name: str) -> Any:
+        # Plain data of the module that this one took the place of, for parents that read it.
+        kept = self.__dict__.get("meta", {}).get("attributes", {})
+        return kept[name] if name in kept else super().__getattr__(name)
 
     def __copy__(self) -> CompiledModel:
         return self._like(CompiledModel(self, self.graph, type(self).__name__), self.__dict__)
@@ -74,7 +81,7 @@ def _collector_paused() -> Iterator[None]:
 
 @_collector_paused()
 def compile(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
     *,
     passes: Sequence[Rule] | None = None,
@@ -86,10 +93,12 @@ def compile(
     """Return the function that a model computes in eval mode, as the fewest, cheapest kernels.
 
     Args:
-        model: Any training-time module, in any mode and floating-point type, on any device. It is not changed.
+        model: Any training-time module, in any mode and floating-point type, on any device; or a program that
+            ``torch.export.export`` made of one in eval mode. It is not changed.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments. They tell ranks and channels
             that the layers do not show, give multiply-adds for the report, and are what the whole model is verified
-            on. The result is not tied to their sizes.
+            on. The result is not tied to their sizes, unless the report says so: where Python decides by sizes that
+            are no batch size, and only ``torch.export`` can read it.
         passes: Rules to apply; :func:`reparam.passes.default` when left out.
         optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more.
         verify: Certify every rewrite in float64 as it happens, and compare the whole model on ``example_inputs`` (or,
@@ -108,6 +117,8 @@ def compile(
     rules = _checked_rules(passes)
     if optimize != "size":
         raise ReparamError(f"optimize={optimize!r} is not known; use 'size'")
+    if isinstance(model, torch.export.ExportedProgram):
+        return _compile(*_read(model, example_inputs, verify), _Options(rules, verify, progress), trainable)
     if not isinstance(model, nn.Module):
         raise ReparamError(
             f"compile takes an nn.Module, not {type(model).__name__}; load a checkpoint into its model first"
@@ -115,32 +126,205 @@ def compile(
     call = None if example_inputs is None else verifying.as_call(example_inputs)
     captured = capturing.capture(model, call)
     reference = _Reference(model, captured, call, verify)
+    if not captured.traced and call is not None:
+        captured, reference = _exported(model, captured, reference, call)
+    return _compile(model, captured, reference, _Options(rules, verify, progress), trainable)
+
+
+def _compile(
+    model: nn.Module, captured: capturing.Capture, reference: _Reference, options: _Options, trainable: bool
+) -> nn.Module:
+    """Everything after capture."""
+    name = type(capturing.unwrapped(model)).__name__
+    result: nn.Module
+    if captured.traced:
+        result, work = _compile_graph(captured, reference, options, name)
+    else:
+        result, work = _compile_inside(captured, reference, options)
+    _finish(result, captured.storages, trainable)
+    comparison = reference.compare(result)
+    report = Report(
+        measure.counts(work.before, measure.parameters_of(model), reference.multiply_adds),
+        measure.counts(work.after, measure.parameters_of(result), reference.multiply_adds_of(result)),
+        (*captured.remarks, *reference.remarks, *work.remarks),
+        work.certificates,
+        work.largest_error,
+        comparison,
+    )
+    if isinstance(result, CompiledModel):
+        result.meta["reparam"] = report
+    else:
+        object.__setattr__(result, "report", report)
+    return result
+
+
+def _read(
+    program: torch.export.ExportedProgram, example_inputs: Any, verify: bool
+) -> tuple[nn.Module, capturing.Capture, _Reference]:
+    """An exported program: as a module, captured, and what it returns."""
+    from reparam import exported
+
+    model, captured, call = exported.read(program)
+    call = call if example_inputs is None else verifying.as_call(example_inputs)
+    reference = _Reference(model, captured, call, verify)
     if not captured.traced:
-        return _untraced(captured, reference, trainable)
+        raise CaptureError(f"the exported program cannot be read: {captured.remarks[-1].message}")
+    return model, captured, reference
+
+
+def _exported(
+    model: nn.Module, captured: capturing.Capture, reference: _Reference, call: Call
+) -> tuple[capturing.Capture, _Reference]:
+    """What export makes of a model that cannot be traced; what was there already, with a remark, where that fails."""
+    from reparam import exported
+
+    try:
+        graph = exported.capture(model, call)
+    except CaptureError as error:
+        captured.remarks.append(Remark("capture", "Export", "", str(error)))
+        return captured, reference
+    again = _Reference(model, graph, call, reference.verify)
+    if not graph.traced:
+        captured.remarks.append(replace(graph.remarks[-1], rule="Export"))
+        return captured, reference
+    said = Remark("capture", "Export", "", f"read by torch.export; {captured.remarks[-1].message}")
+    graph.remarks.insert(0, said)
+    return graph, again
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How to compile, for a model and for every part of it that is compiled on its own."""
+
+    rules: Sequence[Rule]
+    verify: bool
+    progress: Progress | None
+
+
+@dataclass
+class _Work:
+    """What was done to a model or a part of it: kinds of kernels, and what the engine reported."""
+
+    before: list[str]
+    after: list[str]
+    remarks: list[Remark]
+    certificates: int = 0
+    largest_error: float = 0.0
+    parts: int = 0
+
+    def with_parts(self, parts: _Parts) -> _Work:
+        """This and the work on the parts."""
+        for work in parts.works.values():
+            self.remarks += work.remarks
+            self.certificates += work.certificates
+            self.largest_error = max(self.largest_error, work.largest_error)
+        self.remarks += parts.remarks
+        self.parts = len(parts.works)
+        return self
+
+
+def _compile_graph(
+    captured: capturing.Capture, reference: _Reference, options: _Options, name: str
+) -> tuple[CompiledModel, _Work]:
+    """Rewrite what was traced, and compile what lies inside of its opaque leaves."""
     modules = captured.modules
+    opaque = {
+        str(node.target): modules[str(node.target)] for node in captured.graph.nodes if _is_opaque(node, captured)
+    }
+    parts = _compile_children(opaque, captured, reference, options)
     aliasing.make_out_of_place(captured.graph, modules)
     views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules)
-    before = measure.count(graph.fx, modules, measure.parameters_of(model), reference.multiply_adds)
-    dtypes, default = _dtypes(modules)
-    outcome = rewriting.rewrite(graph, rules, verify=verify, progress=progress)
-    used = emit.emit(graph, dtypes, default)
+    before = measure.kinds_of_graph(graph.fx, modules, parts.replaced)
+    outcome = rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)
+    used = emit.emit(graph, *_dtypes(modules))
     aliasing.restore_in_place(graph.fx, used)
-    name = type(capturing.unwrapped(model)).__name__
     compiled = CompiledModel(used, graph.fx, name)
-    _finish(compiled, captured.storages, trainable)
     capturing.move_hooks(captured.root.__dict__, compiled)
-    comparison = reference.compare(compiled)
-    after = measure.count(graph.fx, used, measure.parameters_of(compiled), reference.multiply_adds_of(compiled))
-    compiled.meta["reparam"] = Report(
-        before,
-        after,
-        (*captured.remarks, *reference.remarks, *outcome.remarks),
-        outcome.certificates,
-        outcome.largest_error,
-        comparison,
-    )
-    return compiled
+    after = measure.kinds_of_graph(graph.fx, used)
+    work = _Work(before, after, outcome.remarks, outcome.certificates, outcome.largest_error)
+    return compiled, work.with_parts(parts)
+
+
+def compile_captured(captured: capturing.Capture) -> CompiledModel:
+    """Rewrite a graph that was captured elsewhere, with the default rules; its weights stay where they are."""
+    options = _Options(_checked_rules(None), True, None)
+    reference = _Reference(captured.root, captured, None, False)
+    return _compile_graph(captured, reference, options, "Fused")[0]
+
+
+def _compile_inside(captured: capturing.Capture, reference: _Reference, options: _Options) -> tuple[nn.Module, _Work]:
+    """Compile the parts of a model whose own Python stays."""
+    root = captured.root
+    parts = _compile_children({"": root}, captured, reference, options)
+    work = _Work(measure.kinds_inside(root, parts.replaced), measure.kinds_inside(root, {}), [])
+    return root, work.with_parts(parts)
+
+
+@dataclass
+class _Parts:
+    """What was compiled inside of untraced modules: the work on each part, by what took its place."""
+
+    works: dict[nn.Module, _Work]
+    remarks: list[Remark]
+
+    @property
+    def replaced(self) -> dict[nn.Module, list[str]]:
+        """What the parts launched before."""
+        return {compiled: work.before for compiled, work in self.works.items()}
+
+
+def _compile_children(
+    opaque: Mapping[str, nn.Module], captured: capturing.Capture, reference: _Reference, options: _Options
+) -> _Parts:
+    works: dict[nn.Module, _Work] = {}
+
+    def compile_child(child: nn.Module, call: Call | None, path: str) -> CompiledModel | str:
+        result = _compile_child(child, call, path, options)
+        if isinstance(result, str):
+            return result
+        compiled, work = result
+        works[compiled] = work
+        return compiled
+
+    def calls_of(modules: Iterable[nn.Module]) -> Mapping[nn.Module, inside.Recorded]:
+        return inside.record(captured.root, reference.call, modules) if reference.given and reference.call else {}
+
+    compiled, remarks = inside.compile_children(opaque, compile_child, calls_of)
+    return _Parts({part: works[part] for part in compiled}, remarks)
+
+
+def _compile_child(
+    child: nn.Module, call: Call | None, path: str, options: _Options
+) -> tuple[CompiledModel, _Work] | str:
+    """A part of a model as a graph of its own, or the reason why it cannot be one."""
+    root = capturing.private_copy(child)
+    if call is None and capturing.has_optional_arguments(root):
+        return "its optional arguments may be given or not; pass example_inputs"
+    captured = capturing.trace(root, call, assume_tensor=False)
+    reason = _why_untraced(captured)
+    if reason is not None:
+        return reason
+    aliased = aliasing.inputs_in_outputs(captured.graph, captured.modules)
+    if aliasing.writes_to_inputs(captured.graph, captured.modules):
+        return "it changes its inputs in place"
+    try:
+        reference = _Reference(child, captured, call, options.verify)
+    except ReparamError as error:
+        return str(error)
+    reason = _why_untraced(captured)
+    if reason is not None:
+        return reason
+    compiled, work = _compile_graph(captured, reference, options, type(child).__name__)
+    if not aliasing.inputs_in_outputs(compiled.graph, dict(compiled.named_modules())) <= aliased:
+        return "its output would share memory with its input"
+    if work.before == work.after and not work.parts:
+        return inside.NOTHING_TO_DO
+    reference.compare(compiled)
+    compiled.meta["attributes"] = mentions.kept_attributes(child)
+    work.remarks[:0] = captured.remarks + reference.remarks
+    work.remarks = [replace(remark, where=".".join(filter(None, (path, remark.where)))) for remark in work.remarks]
+    return compiled, work
 
 
 def explain(model: nn.Module, example_inputs: Any = None, *, passes: Sequence[Rule] | None = None) -> Report:
@@ -182,23 +366,13 @@ def _finish(compiled: nn.Module, shared: frozenset[int], trainable: bool) -> Non
     for module in compiled.modules():
         module.training = False
     for parameter in compiled.parameters():
-        parameter.requires_grad_(trainable and parameter.is_floating_point())
+        # That of a copied script is none of ours to change.
+        if parameter.is_leaf:
+            parameter.requires_grad_(trainable and parameter.is_floating_point())
 
 
-def _untraced(captured: capturing.Capture, reference: _Reference, trainable: bool) -> nn.Module:
-    root = captured.root
-    _finish(root, captured.storages, trainable)
-    comparison = reference.compare(root)
-    kinds = [kind for module in root.modules() if (kind := measure.module_kind(module))]
-    counts = Counts(
-        **{kind: kinds.count(kind) for kind in measure._KINDS if kind != "other"},
-        kernels=len(kinds),
-        parameters=measure.parameters_of(root),
-        multiply_adds=reference.multiply_adds,
-    )
-    report = Report(counts, counts, (*captured.remarks, *reference.remarks), comparison=comparison)
-    object.__setattr__(root, "report", report)
-    return root
+def _why_untraced(captured: capturing.Capture) -> str | None:
+    return None if captured.traced else captured.remarks[-1].message
 
 
 def _is_opaque(node: torch.fx.Node, captured: capturing.Capture) -> bool:
@@ -297,6 +471,11 @@ class _Shapes(torch.fx.Interpreter):
         """The values of the placeholders, by position or name, on copies of the tensors."""
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, call)
         named = dict(zip(names, args, strict=False)) | kwargs
+        for position, name in enumerate(names):
+            if name.startswith("**"):
+                named[name] = {key: value for key, value in kwargs.items() if key not in names}
+            elif name.startswith("*"):
+                named[name] = args[position:]
         defaults = {node.target: node.args[0] for node in self.graph.nodes if node.op == "placeholder" and node.args}
         return [named[name] if name in named else defaults.get(name) for name in names]
 

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from reparam.constants import FACTORIES
+
 Kind: TypeAlias = Literal["tensor", "other", "unknown"]
 
 _CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
@@ -122,6 +124,8 @@ def kind(node: Node, module: nn.Module | None = None) -> Kind:
         if "tensor" in inputs:
             return "tensor"
         return "unknown" if "unknown" in inputs or not inputs else "other"
+    if name in FACTORIES and node.op == "call_function":
+        return "tensor"
     makes_tensor = node.op == "call_function" or name in _TENSOR_METHODS
     return "tensor" if makes_tensor and "tensor" in inputs else "unknown"
 
@@ -170,6 +174,8 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
             shape: Any = node.args[1:]
             shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
             return len(shape) if len(shape) > 1 or (shape and isinstance(shape[0], int)) else None
+        case "expand" | "repeat" | "tile" if all(type(size) is int or isinstance(size, Node) for size in node.args[1:]):
+            return len(node.args) - 1 if name != "tile" and len(node.args) > 2 else None
         case "permute":
             return known
         case "unsqueeze":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.fx
 from torch import nn
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,32 +34,32 @@ _FREE_FUNCTIONS = frozenset(
 )
 
 # Kind of kernel of one call: a field of Counts, "other" for the rest, or None when nothing is launched.
+Kinds: TypeAlias = "list[str]"
 _KINDS = ("convolutions", "linears", "norms", "elementwise", "other")
 
 
-def count(graph: Graph, modules: Mapping[str, Any], parameters: int, multiply_adds: int | None = None) -> Counts:
-    """Count the kernels of one forward pass.
+def counts(kinds: Kinds, parameters: int, multiply_adds: int | None = None) -> Counts:
+    """The kernels of one forward pass, by kind.
 
     Args:
-        graph: What runs.
-        modules: The module for every target of a ``call_module`` node.
+        kinds: The kind of each.
         parameters: Number of parameters, to be passed on. Likewise ``multiply_adds``.
     """
-    totals = dict.fromkeys(_KINDS, 0)
-    for node in graph.nodes:
-        for kind in kinds_of(node, modules):
-            totals[kind] += 1
-    kernels = sum(totals.values())
-    del totals["other"]
-    return Counts(**totals, kernels=kernels, parameters=parameters, multiply_adds=multiply_adds)
+    totals = {kind: kinds.count(kind) for kind in _KINDS if kind != "other"}
+    return Counts(**totals, kernels=len(kinds), parameters=parameters, multiply_adds=multiply_adds)
 
 
-def kinds_of(node: Node, modules: Mapping[str, Any]) -> list[str]:
-    """What kinds of kernel a node launches, each as a field of Counts, or "other" for the rest."""
+def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module, Kinds] | None = None) -> list[str]:
+    """What kinds of kernel a node launches, each as a field of Counts, or "other" for the rest.
+
+    Args:
+        node: A node of a graph.
+        modules: The module for every target of a ``call_module`` node.
+        replaced: As for :func:`kinds_inside`.
+    """
     if node.op == "call_module":
         module = modules[str(node.target)]
-        # An opaque leaf launches at least what its own layers launch.
-        kinds = [kind for inner in module.modules() if (kind := module_kind(inner))]
+        kinds = kinds_inside(module, {} if replaced is None else replaced)
         known = type(module).__module__.startswith("torch.nn.") or isinstance(module, Affine)
         return kinds if kinds or known else ["other"]
     if node.op not in ("call_function", "call_method") or facts.reads_only_metadata(node):
@@ -73,6 +74,39 @@ def kinds_of(node: Node, modules: Mapping[str, Any]) -> list[str]:
     if name in _ELEMENTWISE:
         return ["elementwise"] if node.meta.get("kind") != "other" else []
     return [] if name in _FREE_FUNCTIONS or node.meta.get("kind") == "other" else ["other"]
+
+
+def kinds_inside(module: nn.Module, replaced: Mapping[nn.Module, Kinds]) -> list[str]:
+    """What a module launches, as far as its layers, and the graphs in it, show.
+
+    Args:
+        module: Any module; one that is used several times counts once.
+        replaced: What is known of some modules in it.
+    """
+    kinds: list[str] = []
+    seen: set[nn.Module] = set()
+    pending = [module]
+    while pending:
+        inner = pending.pop()
+        if inner in seen:
+            continue
+        seen.add(inner)
+        if inner in replaced:
+            kinds += replaced[inner]
+        elif isinstance(inner, torch.fx.GraphModule):
+            kinds += kinds_of_graph(inner.graph, dict(inner.named_modules()), replaced)
+        else:
+            kind = module_kind(inner)
+            kinds += [kind] if kind else []
+            pending.extend(inner.children())
+    return kinds
+
+
+def kinds_of_graph(
+    graph: Graph, modules: Mapping[str, Any], replaced: Mapping[nn.Module, Kinds] | None = None
+) -> Kinds:
+    """What a graph launches; arguments as for :func:`kinds_of`."""
+    return [kind for node in graph.nodes for kind in kinds_of(node, modules, replaced)]
 
 
 def module_kind(module: nn.Module) -> str | None:

@@ -119,20 +119,22 @@ def _parts_backward(graph: Graph, node: Node, affine: ChannelAffine) -> Parts | 
     moved = views.axes(node)
     if moved is None:
         return None
+    source = node.args[0]
+    assert isinstance(source, Node)
     _check_values(graph, node, affine)
     if affine.axis is None:
-        return [(moved.source, affine)]
+        return [(source, affine)]
     axis = moved.back(affine.axis)
     if axis is None and moved.merged is not None and affine.axis + moved.out_rank == moved.merged[2]:
-        axis = _only_axis(moved, len(affine.scale))
+        axis = _only_axis(moved, source, len(affine.scale))
     if axis is None:
         raise AlgebraError(f"{describe(node)} mixes the channels with other axes")
-    return [(moved.source, replace(affine, axis=axis))]
+    return [(source, replace(affine, axis=axis))]
 
 
-def _only_axis(moved: views.Axes, count: int) -> int | None:
+def _only_axis(moved: views.Axes, source: Node, count: int) -> int | None:
     """The channels' axis among axes that become one of ``count`` numbers, when the channels are all of these."""
-    known: tuple[int, int] | None = moved.source.meta.get("channels")
+    known: tuple[int, int] | None = source.meta.get("channels")
     assert moved.merged is not None
     first, last, _ = moved.merged
     if known is None or known[0] != count or not first <= known[1] + moved.rank <= last:
@@ -277,7 +279,7 @@ def _affine_forward(graph: Graph, node: Node, reader: Node, affine: ChannelAffin
     if facts.target_name(reader) in _CONCATENATIONS and reader.op == "call_function":
         return _beside(node, reader, affine)
     moved = views.axes(reader)
-    if moved is None or moved.source is not node or reader.all_input_nodes.count(node) != 1:
+    if moved is None or reader.args[0] is not node or reader.all_input_nodes.count(node) != 1:
         return None
     if isinstance(graph.op(reader), Sum):
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -40,8 +40,7 @@ class Axes:
     """An operation on one value that leaves some of its axes alone.
 
     Attributes:
-        source: The value.
-        rank: Its number of axes.
+        rank: Number of axes of the value, the node's first argument.
         out_rank: Number of axes of the result.
         to: For every axis of the source, the axis of the result that it becomes, index by index; None when it is
             mixed, merged, cut or gone.
@@ -49,7 +48,6 @@ class Axes:
             when no axes are merged.
     """
 
-    source: Node
     rank: int
     out_rank: int
     to: tuple[int | None, ...]
@@ -88,11 +86,7 @@ def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
 def axes(node: Node) -> Axes | None:
     """Where the axes of a node's first input go, or None when that is not known."""
     known: Axes | None = node.meta.get("axes")
-    source = node.args[0] if node.args else None
-    if known is None or "frozen" in node.meta or not isinstance(source, Node):
-        return None
-    # What it reads may have been replaced since.
-    return known if source is known.source else replace(known, source=source)
+    return None if "frozen" in node.meta else known
 
 
 def _inherited_channels(node: Node) -> tuple[int, int] | None:
@@ -112,7 +106,7 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
         return next((own for own in known if own and own[0] > 1 and len(ranks) == 1), None)
     moved = axes(node)
     if moved is not None:
-        own = moved.source.meta.get("channels")
+        own = known[0]
         axis = None if own is None else moved.forth(own[1])
         return None if own is None or axis is None else (own[0], axis)
     if facts.keeps_shape(node):
@@ -139,13 +133,13 @@ def _of_module(node: Node, module: Any, source: Node, rank: int) -> Axes | None:
         return None
     match module:
         case nn.Flatten():
-            return _flatten(source, rank, module.start_dim, module.end_dim)
+            return _flatten(rank, module.start_dim, module.end_dim)
         case nn.Unflatten(dim=int(dim)):
-            return _unflatten(source, rank, dim, module.unflattened_size)
+            return _unflatten(rank, dim, module.unflattened_size)
         case _ if type(module).__module__ == "torch.nn.modules.padding":
-            return _pad(source, rank, module.padding)
+            return _pad(rank, module.padding)
         case _ if isinstance(module, _POOLS) and not getattr(module, "return_indices", False):
-            return _keeps_first_two(source, rank, _space(module))
+            return _keeps_first_two(rank, _space(module))
     return None
 
 
@@ -158,59 +152,58 @@ def _space(module: nn.Module) -> int | None:
 def _of_function(node: Node, source: Node, rank: int) -> Axes | None:
     name, arguments = facts.target_name(node), facts.Arguments(node)
     if name in _SAME:
-        return Axes(source, rank, rank, tuple(range(rank)))
+        return Axes(rank, rank, tuple(range(rank)))
     if name in _POOL_FUNCTIONS:
-        return (
-            None if arguments.get(6, "return_indices", False) else _keeps_first_two(source, rank, _POOL_FUNCTIONS[name])
-        )
+        several = arguments.get(6, "return_indices", False)
+        return None if several else _keeps_first_two(rank, _POOL_FUNCTIONS[name])
     if name in _RESAMPLINGS:
-        return _keeps_first_two(source, rank)
+        return _keeps_first_two(rank)
     if name in _RESHAPES:
         return _reshape(node, name, source, rank)
     if name in _REDUCTIONS and arguments.named("dtype") is None:
-        return _reduce(source, rank, arguments.get(1, "dim", None), arguments.get(2, "keepdim", False))
+        return _reduce(rank, arguments.get(1, "dim", None), arguments.get(2, "keepdim", False))
     match name:
         case "pad" | "_pad":
-            return _pad(source, rank, arguments.get(1, "pad", None))
+            return _pad(rank, arguments.get(1, "pad", None))
         case "flatten":
-            return _flatten(source, rank, arguments.get(1, "start_dim", 0), arguments.get(2, "end_dim", -1))
+            return _flatten(rank, arguments.get(1, "start_dim", 0), arguments.get(2, "end_dim", -1))
         case "unflatten":
-            return _unflatten(source, rank, arguments.get(1, "dim", None), arguments.get(2, "sizes", None))
+            return _unflatten(rank, arguments.get(1, "dim", None), arguments.get(2, "sizes", None))
         case "transpose" | "swapaxes" | "swapdims":
-            return _swap(source, rank, arguments.get(1, "dim0", None), arguments.get(2, "dim1", None))
+            return _swap(rank, arguments.get(1, "dim0", None), arguments.get(2, "dim1", None))
         case "t":
-            return _swap(source, rank, 0, 1) if rank == 2 else None
+            return _swap(rank, 0, 1) if rank == 2 else None
         case "permute":
-            return _permute(source, rank, _flat(node.args[1:]) or arguments.named("dims"))
+            return _permute(rank, _flat(node.args[1:]) or arguments.named("dims"))
         case "unsqueeze":
             dim = arguments.get(1, "dim", None)
             if not isinstance(dim, int):
                 return None
             at = dim % (rank + 1)
-            return Axes(source, rank, rank + 1, tuple(i + (i >= at) for i in range(rank)))
+            return Axes(rank, rank + 1, tuple(i + (i >= at) for i in range(rank)))
         case "squeeze":
             return _squeeze(node, source, rank, arguments.get(1, "dim", None))
         case "getitem":
             return _index(source, rank, node.args[1])
         case "getattr" if node.args[1] in ("T", "mT") and rank >= 2:
-            return _swap(source, rank, -2, -1) if rank == 2 or node.args[1] == "mT" else None
+            return _swap(rank, -2, -1) if rank == 2 or node.args[1] == "mT" else None
     return None
 
 
-def _keeps_first_two(source: Node, rank: int, space: int | None = None) -> Axes | None:
+def _keeps_first_two(rank: int, space: int | None = None) -> Axes | None:
     """Poolings and resampling work on the axes after batch and channels; a pool also takes an input without batch."""
     if rank < 3 or space not in (None, rank - 2):
         return None
-    return Axes(source, rank, rank, (0, 1, *[None] * (rank - 2)))
+    return Axes(rank, rank, (0, 1, *[None] * (rank - 2)))
 
 
-def _pad(source: Node, rank: int, amounts: Any) -> Axes | None:
+def _pad(rank: int, amounts: Any) -> Axes | None:
     """torch counts the axes from the last to the first; what is not padded stays."""
     amounts = amounts if isinstance(amounts, (tuple, list)) else None
     if amounts is None or not all(type(amount) is int for amount in amounts) or len(amounts) > 2 * rank:
         return None
     padded = {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
-    return Axes(source, rank, rank, tuple(None if i in padded else i for i in range(rank)))
+    return Axes(rank, rank, tuple(None if i in padded else i for i in range(rank)))
 
 
 def _flat(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -218,48 +211,48 @@ def _flat(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(values[0]) if len(values) == 1 and isinstance(values[0], (tuple, list)) else tuple(values)
 
 
-def _flatten(source: Node, rank: int, start: Any, end: Any) -> Axes | None:
+def _flatten(rank: int, start: Any, end: Any) -> Axes | None:
     if not isinstance(start, int) or not isinstance(end, int) or not rank:
         return None
     first, last = start % rank, end % rank
     to = tuple(i if i < first else i - (last - first) if i > last else None for i in range(rank))
     if first == last:
-        return Axes(source, rank, rank, tuple(range(rank)))
-    return Axes(source, rank, rank - (last - first), to, (first, last, first))
+        return Axes(rank, rank, tuple(range(rank)))
+    return Axes(rank, rank - (last - first), to, (first, last, first))
 
 
-def _unflatten(source: Node, rank: int, dim: Any, sizes: Any) -> Axes | None:
+def _unflatten(rank: int, dim: Any, sizes: Any) -> Axes | None:
     if not isinstance(dim, int) or not isinstance(sizes, (tuple, list)):
         return None
     at, more = dim % rank, len(sizes) - 1
     to = tuple(i if i < at else i + more if i > at else None for i in range(rank))
-    return Axes(source, rank, rank + more, to)
+    return Axes(rank, rank + more, to)
 
 
-def _swap(source: Node, rank: int, a: Any, b: Any) -> Axes | None:
+def _swap(rank: int, a: Any, b: Any) -> Axes | None:
     if not isinstance(a, int) or not isinstance(b, int):
         return None
     to = list(range(rank))
     to[a % rank], to[b % rank] = to[b % rank], to[a % rank]
-    return Axes(source, rank, rank, tuple(to))
+    return Axes(rank, rank, tuple(to))
 
 
-def _permute(source: Node, rank: int, dims: Any) -> Axes | None:
+def _permute(rank: int, dims: Any) -> Axes | None:
     if not isinstance(dims, (tuple, list)) or len(dims) != rank or not all(isinstance(d, int) for d in dims):
         return None
     order = [d % rank for d in dims]
-    return Axes(source, rank, rank, tuple(order.index(i) for i in range(rank)))
+    return Axes(rank, rank, tuple(order.index(i) for i in range(rank)))
 
 
-def _reduce(source: Node, rank: int, dims: Any, keep: Any) -> Axes | None:
+def _reduce(rank: int, dims: Any, keep: Any) -> Axes | None:
     gone = _positions(dims, rank)
     if not gone or not isinstance(keep, bool):
         # No axes stand for all of them.
         return None
     if keep:
-        return Axes(source, rank, rank, tuple(None if i in gone else i for i in range(rank)))
+        return Axes(rank, rank, tuple(None if i in gone else i for i in range(rank)))
     kept = [i for i in range(rank) if i not in gone]
-    return Axes(source, rank, len(kept), tuple(kept.index(i) if i in kept else None for i in range(rank)))
+    return Axes(rank, len(kept), tuple(kept.index(i) if i in kept else None for i in range(rank)))
 
 
 def _positions(dims: Any, rank: int) -> set[int]:
@@ -273,7 +266,7 @@ def _squeeze(node: Node, source: Node, rank: int, dims: Any) -> Axes | None:
     gone = _positions(dims, rank)
     if node.meta.get("rank") != rank - len(gone) and not all(_is_one(source, axis) for axis in gone):
         return None
-    return _reduce(source, rank, dims, False)
+    return _reduce(rank, dims, False)
 
 
 def _is_one(node: Node, axis: int) -> bool:
@@ -305,7 +298,7 @@ def _index(source: Node, rank: int, index: Any) -> Axes | None:
         if item is not None:
             to.append(position if item == slice(None) else None)
         position += type(item) is not int
-    return Axes(source, rank, position, tuple(to)) if len(to) == rank else None
+    return Axes(rank, position, tuple(to)) if len(to) == rank else None
 
 
 # Reshapes.
@@ -329,7 +322,7 @@ def _reshape(node: Node, name: str, source: Node, rank: int) -> Axes | None:
     merged = (start, rank - 1 - end, start) if len(new) - start - end == 1 and rank - start - end > 1 else None
     if rank - start - end == 1 and len(new) - start - end == 1:
         to[start] = start  # all others agree
-    return Axes(source, rank, len(new), tuple(to), merged)
+    return Axes(rank, len(new), tuple(to), merged)
 
 
 def _equal(a: Size, b: Size) -> bool:

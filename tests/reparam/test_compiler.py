@@ -424,22 +424,6 @@ def test_tied_parameters_count_once() -> None:
 # What is still missing.
 
 
-@pytest.mark.xfail(strict=True, reason="a root that cannot be traced is kept whole; its children are not compiled")
-def test_children_of_an_untraceable_root_are_compiled(x: Tensor) -> None:
-    class Root(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = Network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.network(x if x.sum() > -1e12 else -x)
-
-    root = randomise(Root()).double()
-    result = reparam.compile(root, x)
-    agree(root, result, x)
-    assert result.report.after.norms == 1
-
-
 def test_a_norm_on_flattened_tokens_is_folded() -> None:
     class Tokens(nn.Module):
         """The linear layer of LeViT (Graham et al. 2021), whose norm sees tokens as a batch."""

@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import reparam
 from reparam.verify import compare
@@ -861,3 +863,77 @@ def test_empty_batches() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(3))
     compiled(model, [(0, 3, 8, 8), (2, 3, 8, 8)], norms=0)
     compiled(model, [(0, 3, 8, 8)], norms=0, example=True)
+
+
+# What only changes how a model runs, or how its gradients are computed.
+
+
+def _norm_block() -> nn.Sequential:
+    return nn.Sequential(conv(padding=1), nn.BatchNorm2d(3), nn.ReLU())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("example", [True, False])
+def test_activation_checkpoints_are_seen_through(reentrant: bool, example: bool) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = checkpoint(net.one, x, use_reentrant=reentrant)
+        return checkpoint_sequential(net.two, 2, x, use_reentrant=reentrant)
+
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    model = Net(forward, one=_norm_block(), two=nn.Sequential(_norm_block(), _norm_block()))
+    model = randomise(model).double()
+    result = reparam.compile(model, x if example else None)
+    compare(eager(model)(x), result(x), 1e-9)
+    assert (result.report.after.norms, result.report.remarks[0].kind) == (0, "fused")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, checkpoint_wrapper])
+def test_wrappers_inside_a_model_are_seen_through(wrap: Callable[..., nn.Module]) -> None:
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    plain = randomise(nn.Sequential(_norm_block(), _norm_block())).double()
+    model = nn.Sequential(plain[0], wrap(plain[1]))
+    result = reparam.compile(model)
+    compare(eager(plain)(x), result(x), 1e-9)
+    assert (result.report.after.norms, result.report.remarks[0].kind) == (0, "fused")
+
+
+def test_attributes_are_read_through_wrappers() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.parallel(x) * net.parallel.module[1].eps + net.optimized(x) * net.optimized.get_submodule("1").eps
+
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    block = randomise(_norm_block()).double().eval()
+    optimized = torch.compile(block, backend="eager")
+    result = reparam.compile(Net(forward, parallel=nn.DataParallel(block), optimized=optimized), x)
+    compare(block(x) * block[1].eps * 2, result(x), 1e-9)
+    assert result.report.after.norms == 0
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.save_for_backward(x)
+        context.mark_non_differentiable(x)
+        return x * x
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return 2 * context.saved_tensors[0] * gradient
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x * x
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        context.save_for_backward(*inputs)
+
+
+@pytest.mark.parametrize("function", [Squared, Cubed])
+def test_autograd_functions_compute_what_their_forward_does(function: type[torch.autograd.Function]) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return function.apply(net.block(x)) * function.apply(torch.ones(1, dtype=x.dtype))
+
+    compiled(Net(forward, block=_norm_block()), norms=0, example=True)

@@ -1,0 +1,340 @@
+"""Inside of Python that cannot be traced: what is compiled on its own there, and what its parents would miss."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import reparam
+from reparam.capture import private_copy
+from reparam.verify import compare
+from support import randomise
+
+
+class Block(nn.Module):
+    """Two branches with a norm each: one convolution when compiled."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.large, self.small = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+        self.norm, self.other = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.width = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.large(x)) + self.other(self.small(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(self.large(x))
+
+
+class Parent(nn.Module):
+    """Python that asks for a value before anything else, and so cannot be traced."""
+
+    def __init__(self, forward: Callable[..., Any], **children: Any) -> None:
+        super().__init__()
+        self.function = forward
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, x: Any, **more: Any) -> Any:
+        if x.sum() > 1e12:
+            return x
+        return self.function(self, x, **more)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 7, 8, dtype=torch.float64)
+
+
+def norms_left(model: nn.Module, *args: Tensor, example: bool, **kwargs: Any) -> int:
+    """How many norms a compilation leaves; it must compute what the model computes."""
+    randomise(model).double().eval()
+    expected = model(*args, **kwargs)
+    result = reparam.compile(model, args if example and not kwargs else None)
+    with torch.no_grad():
+        compare(expected, result(*args, **kwargs), 1e-9)
+        compare(expected, copy.deepcopy(result)(*args, **kwargs), 1e-9)
+    return result.report.after.norms
+
+
+both = pytest.mark.parametrize("example", [True, False])
+
+
+@both
+def test_children_of_an_untraceable_root_are_compiled(example: bool, x: Tensor) -> None:
+    model = Parent(lambda net, x: net.tail(net.block(x)), block=Block(), tail=nn.Sequential(Block(), nn.ReLU()))
+    assert norms_left(model, x, example=example) == 0
+    result = reparam.compile(model, x if example else None)
+    assert type(result) is Parent
+    assert isinstance(result.block.get_submodule("large"), nn.Conv2d)
+    assert [remark.where for remark in result.report.remarks if remark.rule == "Inside"] == ["block", "tail"]
+    blocks = {"block", "tail.0"}
+    places = {f"{block}.{norm}" for block in blocks for norm in ("norm", "other")} | blocks
+    assert {remark.where for remark in result.report.fused} == places
+    assert (result.report.before.convolutions, result.report.after.convolutions) == (4, 2)
+    assert (result.report.before.elementwise, result.report.after.elementwise) == (2, 0)
+    assert result.report.after.parameters == sum(p.numel() for p in result.parameters()) == 2 * (3 * 3 * 9 + 3)
+
+
+@both
+def test_children_of_an_opaque_leaf_are_compiled(example: bool, x: Tensor) -> None:
+    inner = Parent(lambda net, x: net.block(x) + 1, block=Block())
+    model = nn.Sequential(Block(), nn.Sequential(inner, nn.ReLU()), Block())
+    assert norms_left(model, x, example=example) == 0
+    report = reparam.compile(model, x if example else None).report
+    assert (report.before.norms, report.after.norms, report.after.convolutions) == (6, 0, 3)
+    assert "1.0.block" in {remark.where for remark in report.fused}
+
+
+@both
+def test_untraceable_modules_in_untraceable_modules(example: bool, x: Tensor) -> None:
+    inner = Parent(lambda net, x: net.block(x), block=Block())
+    model = Parent(lambda net, x: net.inner(net.first(x)), first=Block(), inner=inner)
+    assert norms_left(model, x, example=example) == 0
+
+
+# What parents may read.
+
+
+def _reads_weight(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) * net.block.large.weight.mean()
+
+
+def _calls_another_method(net: Any, x: Tensor) -> Tensor:
+    return net.block.features(x) + net.block(x)
+
+
+def _asks_for_the_class(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) if isinstance(net.block, Block) else x
+
+
+def _asks_for_an_attribute(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) if hasattr(net.block, "other") else x
+
+
+def _computes_a_name(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) + getattr(net.block, "nor" + "mal"[:1]).weight.sum()
+
+
+def _goes_through_modules(net: Any, x: Tensor) -> Tensor:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            x = x + module.running_mean.view(-1, 1, 1)
+    return net.block(x)
+
+
+def _helper(block: Any, x: Tensor) -> Tensor:
+    return F.conv2d(block(x), block.small.weight)
+
+
+def _hands_on(net: Any, x: Tensor) -> Tensor:
+    return _helper(net.block, x)
+
+
+def _swaps_a_part(net: Any, x: Tensor) -> Tensor:
+    net.block.norm.eps = 3.0 if x.sum() > 0 else 5.0
+    return net.block(x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        _reads_weight, _calls_another_method, _asks_for_the_class, _asks_for_an_attribute, _computes_a_name,
+        _goes_through_modules, _hands_on, _swaps_a_part,
+    ],
+)  # fmt: skip
+@both
+def test_a_child_whose_parts_are_read_stays(forward: Callable[..., Tensor], example: bool, x: Tensor) -> None:
+    model = Parent(forward, block=Block())
+    assert norms_left(model, x, example=example) == 2
+    remarks = reparam.compile(model).report.remarks
+    assert any(remark.where == "block" and "Block is kept as Python: " in remark.message for remark in remarks)
+
+
+def _reads_a_number(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) * net.block.width
+
+
+def _first_parameter(net: Any, x: Tensor) -> Tensor:
+    return net.block(x.to(next(net.parameters()).dtype))
+
+
+def _by_position(net: Any, x: Tensor) -> Tensor:
+    return net.block(x=x)
+
+
+def _twice(net: Any, x: Tensor) -> Tensor:
+    return net.block(net.block(x)[:, :, 1:])
+
+
+def _named(net: Any, x: Tensor) -> Tensor:
+    return getattr(net, "bl" + "ock")(x)
+
+
+@pytest.mark.parametrize("forward", [_reads_a_number, _first_parameter, _by_position, _twice, _named])
+@both
+def test_a_child_that_is_only_called_is_replaced(forward: Callable[..., Tensor], example: bool, x: Tensor) -> None:
+    assert norms_left(Parent(forward, block=Block()), x, example=example) == 0
+
+
+def _iterated(net: Any, x: Tensor) -> Tensor:
+    for block in net.blocks:
+        x = block(x)
+    return x * len(net.blocks)
+
+
+def _indexed(net: Any, x: Tensor) -> Tensor:
+    return net.blocks[1](net.blocks[0](x))
+
+
+@pytest.mark.parametrize("forward", [_iterated, _indexed])
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)])
+@both
+def test_containers_are_walked_into(
+    container: Callable[..., nn.Module], forward: Callable[..., Tensor], example: bool, x: Tensor
+) -> None:
+    assert norms_left(Parent(forward, blocks=container([Block(), Block()])), x, example=example) == 0
+
+
+@both
+def test_a_shared_child_stays_shared(example: bool, x: Tensor) -> None:
+    block = Block()
+    model = Parent(lambda net, x: net.a(x) - net.b(x + 1), a=block, b=block)
+    assert norms_left(model, x, example=example) == 0
+    result = reparam.compile(model, x if example else None)
+    assert result.a is result.b
+
+
+def test_ties_between_children_are_kept() -> None:
+    model = Parent(lambda net, x: net.b(net.a(x)), a=nn.Sequential(nn.Linear(3, 3), nn.Identity()), b=nn.Linear(3, 3))
+    model.b.weight = model.a[0].weight
+    report = reparam.compile(model).report
+    assert report.before.parameters == report.after.parameters == 9 + 3 + 3
+
+
+def test_children_in_a_dict_that_both_read_stay(x: Tensor) -> None:
+    class Reader(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.context.get("scale", 1.0)
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        net.block.context["scale"] = 2.0 if x.sum() > 0 else 3.0
+        return net.block(x)
+
+    block = Reader()
+    block.context = {}
+    model = Parent(forward, block=block)
+    model.context = block.context
+    twin = private_copy(model)
+    assert twin.context is twin.block.context is not block.context
+    assert norms_left(model, x, example=False) == 2
+
+
+@both
+def test_a_child_that_changes_its_input_stays(example: bool, x: Tensor) -> None:
+    first = nn.Sequential(nn.ReLU(inplace=True), Block())
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = x * 2
+        return net.first(x) + x
+
+    # Its own children do not.
+    assert norms_left(Parent(forward, first=first), x, example=example) == 0
+
+
+@both
+def test_a_child_whose_output_would_become_its_input_stays(example: bool, x: Tensor) -> None:
+    class Scale(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 2) / 2
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = x + 0.5
+        y = net.scale(x)
+        y += 1
+        return x - 3 * y
+
+    norms_left(Parent(forward, scale=Scale()), x, example=example)
+
+
+@both
+def test_optional_arguments_of_a_child(example: bool, x: Tensor) -> None:
+    class Masked(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x if mask is None else x * mask)
+
+    model = Parent(lambda net, x: net.block(x, mask=x > 0), block=Masked())
+    # Without an example, nobody knows whether the mask is given.
+    assert norms_left(model, x, example=example) == (0 if example else 2)
+    assert (
+        norms_left(Parent(lambda net, x: net.block(x) + net.block(x, x > 0), block=Masked()), x, example=example) == 2
+    )
+
+
+@both
+def test_a_child_that_reads_a_list(example: bool, x: Tensor) -> None:
+    class Neck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Block(), Block()
+
+        def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+            first, second = maps[0], maps[1]
+            return {"a": self.a(first), "b": self.b(second)}
+
+    assert norms_left(Parent(lambda net, x: net.neck([x, x[:, :, 1:]]), neck=Neck()), x, example=example) == 0
+
+
+@both
+def test_hooks_of_a_child_run(example: bool, x: Tensor) -> None:
+    block = Block()
+    block.register_forward_hook(_double)
+    model = Parent(lambda net, x: net.block(x), block=block)
+    assert norms_left(model, x, example=example) == 2
+
+
+def _double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def test_a_scripted_child_stays_and_the_others_are_compiled(x: Tensor) -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model = Parent(lambda net, x: net.block(net.scripted(x)), block=Block(), scripted=scripted)
+    norms_left(model, x, example=True)
+    result = reparam.compile(model, x)
+    assert isinstance(result.scripted, torch.jit.ScriptModule)
+    assert len(list(result.block.modules())) == 2
+
+
+class Pickled(Parent):
+    def __init__(self) -> None:
+        super().__init__(_reads_a_number, block=Block())
+
+
+def test_it_can_be_pickled(x: Tensor) -> None:
+    result = reparam.compile(randomise(Pickled()).double(), x)
+    twin = pickle.loads(pickle.dumps(result))
+    assert torch.equal(twin(x), result(x))
+    assert twin.report == result.report
+    assert twin.block.width == 3
+
+
+@both
+def test_the_argument_is_untouched(example: bool, x: Tensor) -> None:
+    model = randomise(Parent(_iterated, blocks=nn.ModuleList([Block(), Block()]))).double().train()
+    before = copy.deepcopy(model.state_dict())
+    modules = list(model.modules())
+    result = reparam.compile(model, x if example else None)
+    assert list(model.modules()) == modules
+    assert all(module.training and not module._forward_pre_hooks for module in modules)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in result.parameters()}
+    assert not shared
