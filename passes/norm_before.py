@@ -27,7 +27,7 @@ class NormBeforeLinear(Rule):
             return Missed(str(reason)) if self._is_near(node, graph) else None
         source = graph.source(node)
         readers = [reader for reader, _ in walk.changes]
-        if walk.through and graph.is_changed_between(source, node, max(walk.through)):
+        if walk.through and graph.may_change_between(source, node, max(readers)):
             return Missed(f"{describe(source)} may be changed in place before it is read")
         message = f"folded {describe(node)} into {' and '.join(map(describe, readers))}"
         if not walk.through:

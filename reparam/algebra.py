@@ -878,6 +878,7 @@ def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Opera
         case ChannelAffine(), Conv() | ConvTranspose():
             return inner.then(outer)
         case ChannelAffine(), AveragePool():
+            _refuse_expansion(outer)
             if outer.axis is None:
                 raise AlgebraError("nothing says how many channels there are")
             return inner.as_conv(len(outer.scale), -outer.axis - 1, device=outer.scale.device).then(outer)

@@ -353,9 +353,10 @@ def note(node: Node, module: nn.Module | None = None) -> None:
         meta["rank"] = rank(node, module)
     meta.setdefault("floating", is_floating(node))
     if module is not None:
-        made = channels(module, meta["rank"])
+        made = channels(module, meta["rank"]) if _is_leaf(module) else None
         if made is not None:
             meta["channels"] = made
+            meta["layer"] = True
         if isinstance(module, _KEEP_SHAPE_MODULES):
             meta["keeps_shape"] = True
 

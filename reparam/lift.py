@@ -16,6 +16,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -448,8 +449,8 @@ def _(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) 
     return ChannelAffine.uniform(1.0) if training is False else None
 
 
-@register(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-def _(
+def _pool_function(
+    space: int,
     input: Any,
     kernel_size: Any,
     stride: Any = None,
@@ -458,11 +459,11 @@ def _(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Operator | None:
-    rank = input.meta.get("rank") if isinstance(input, Node) else None
-    space = len(kernel_size) if isinstance(kernel_size, (tuple, list)) else None if rank is None else rank - 2
-    if space is None or space < 1:
-        return None
     return _average_pool(space, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+for _space, _pool in enumerate((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), start=1):
+    register(_pool)(partial(_pool_function, _space))
 
 
 @register(F.pad, torch._C._nn.pad)

@@ -80,11 +80,15 @@ def _backward(graph: Graph, norm: Node, node: Node, reader: Node, affine: Channe
         try:
             parts = _parts_backward(graph, node, affine)
             if parts is not None:
-                beyond = Walk()
+                beyond = Walk(through=[node])
+                if isinstance(operator, Sum) and graph.source(node).target is torch.stack:
+                    # A sum over a stack, which is what reads the terms.
+                    node = graph.source(node)
+                    beyond.through.append(node)
                 for source, part in parts:
                     _backward(graph, norm, source, node, part, beyond)
                 walk.changes += beyond.changes
-                walk.through += [node, *beyond.through]
+                walk.through += beyond.through
                 return
         except AlgebraError as error:
             reason = str(error)
@@ -148,6 +152,8 @@ def _check_values(graph: Graph, node: Node, affine: ChannelAffine) -> None:
             raise AlgebraError(f"a negative scale turns the maxima of {describe(node)} into minima")
     elif name == "amin":
         raise AlgebraError("it is read by a minimum")
+    elif isinstance(operator, Pad) and operator.mode == ZEROS and operator.pads and operator.value != 0.0:
+        raise AlgebraError(f"{describe(node)} pads with {operator.value}, which the scale would not reach")
     elif affine.shift is None or not bool(affine.shift.any()):
         return
     elif isinstance(operator, Pad):
@@ -174,9 +180,15 @@ def _terms(total: Sum, affine: ChannelAffine) -> Parts:
     carrier = max(coefficients, key=lambda term: abs(coefficients[term]))
     if coefficients[carrier] == 0.0:
         raise AlgebraError("the terms of the sum cancel")
-    unshifted = replace(affine, shift=None)
     shift = None if affine.shift is None else affine.shift / coefficients[carrier]
-    return [(term, replace(affine, shift=shift) if term is carrier else unshifted) for term in coefficients]
+
+    def part(term: Node) -> ChannelAffine:
+        # A term with one channel is broadcast to those of the others.
+        whole = affine.axis is None or views.channels(term, affine.axis) == len(affine.scale)
+        own = shift if term is carrier else None
+        return replace(affine, shift=own, may_expand=affine.may_expand or not whole)
+
+    return [(term, part(term)) for term in coefficients]
 
 
 def _concatenated(node: Node, affine: ChannelAffine) -> Parts:
@@ -202,8 +214,8 @@ def concatenation(node: Node) -> tuple[list[Node], int]:
     """
     if facts.target_name(node) not in _CONCATENATIONS or node.op != "call_function":
         raise AlgebraError("it is no concatenation")
-    parts, dim = facts.Arguments(node).get(0, "tensors", ()), facts.Arguments(node).get(1, "dim", 0)
-    rank = node.meta.get("rank")
+    arguments, rank = facts.Arguments(node), node.meta.get("rank")
+    parts, dim = arguments.get(0, "tensors", None), arguments.get(1, "dim", 0)
     if not isinstance(parts, (tuple, list)) or not all(isinstance(part, Node) for part in parts):
         raise AlgebraError("what is concatenated is not known")
     if rank is None or type(dim) is not int or "frozen" in node.meta:
@@ -224,6 +236,9 @@ def absorb_forward(graph: Graph, norm: Node) -> Walk:
     assert isinstance(operator, ChannelAffine)
     walk = Walk()
     _forward(graph, norm, norm, operator, walk)
+    passed = [*walk.through, *(reader for reader, _ in walk.changes)]
+    if len(set(passed)) < len(passed):
+        raise AlgebraError("it is read in several ways that meet again")
     return walk
 
 

@@ -163,6 +163,13 @@ class Graph:
             for reader in alias.users
         )
 
+    def may_change_between(self, source: Node, first: Node, last: Node) -> bool:
+        """The same for a value that may be a view of another, or is read through views.
+
+        What Python that was not traced changes may then be known under any name.
+        """
+        return any(self.is_opaque(node) for node in self.fx.nodes if first < node < last)
+
     def is_opaque(self, node: Node) -> bool:
         """Whether a node calls Python that was not traced, and of which nothing else is known."""
         if node.op != "call_module" or "operator" in node.meta:
@@ -273,6 +280,8 @@ class Graph:
         """Perform a rewrite; returns the nodes that came and those that went."""
         new: list[Node] = []
         dead: list[Node] = []
+        if rewrite.through:
+            self._free_layouts()
         for node, value in rewrite.values:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
@@ -287,6 +296,12 @@ class Graph:
                 self._lifted.pop(reader, None)
             dead.append(node)
         return new, self._erase(dead)
+
+    def _free_layouts(self) -> None:
+        """Let no view rely on how its input lies in memory: a norm made new memory of a permuted value, and goes."""
+        for node in self.fx.nodes:
+            if node.op == "call_method" and node.target in ("view", "view_as") and "frozen" not in node.meta:
+                node.target = str(node.target).replace("view", "reshape")
 
     def _twins(self, node: Node, value: Expression) -> dict[Node, Operator | None]:
         """For every absorbed node whose shape is read, the operator with a result of that shape; None: its source."""

@@ -16,6 +16,8 @@ from torch import nn
 from torch.fx import Node
 
 from reparam import facts
+from reparam.capture import carries_hooks
+from reparam.lift import is_leaf
 
 # A known number, an axis of a value (counted from the front), or None.
 Size: TypeAlias = "int | tuple[Node, int] | None"
@@ -25,10 +27,10 @@ _POOLS = (
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample,
 )  # fmt: skip
-_POOL_FUNCTIONS = frozenset(
-    [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)]
-    + ["interpolate", "upsample"]
-)
+_POOL_FUNCTIONS = {
+    f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)
+}  # fmt: skip
+_RESAMPLINGS = frozenset("interpolate upsample".split())
 _RESHAPES = frozenset("view reshape view_as reshape_as".split())
 _REDUCTIONS = frozenset("mean amax amin".split())
 
@@ -70,7 +72,11 @@ def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
         modules: The module at every path.
     """
     for node in nodes:
-        node.meta["axes"] = _axes(node, modules)
+        found = _axes(node, modules)
+        if found is not None and node.meta.get("rank") is None:
+            node.meta["rank"] = found.out_rank
+        # An example may show that a squeeze does nothing, say.
+        node.meta["axes"] = found if found is not None and node.meta["rank"] == found.out_rank else None
         if "channels" not in node.meta:
             known = _inherited_channels(node)
             if known is not None:
@@ -88,8 +94,8 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
     name = facts.target_name(node)
     known = [source.meta.get("channels") for source in node.all_input_nodes]
     if name in ("cat", "concat", "concatenate"):
-        dim, rank = facts.Arguments(node).get(1, "dim", 0), node.meta.get("rank")
-        parts = node.args[0] if node.args else ()
+        arguments, rank = facts.Arguments(node), node.meta.get("rank")
+        parts, dim = arguments.get(0, "tensors", None), arguments.get(1, "dim", 0)
         if rank is None or type(dim) is not int or not isinstance(parts, (tuple, list)):
             return None
         counts = [channels(part, dim % rank - rank) if isinstance(part, Node) else None for part in parts]
@@ -123,6 +129,8 @@ def _axes(node: Node, modules: Mapping[str, Any]) -> Axes | None:
 
 
 def _of_module(node: Node, module: Any, source: Node, rank: int) -> Axes | None:
+    if not is_leaf(module) or carries_hooks(module):
+        return None
     match module:
         case nn.Flatten():
             return _flatten(rank, module.start_dim, module.end_dim)
@@ -131,8 +139,14 @@ def _of_module(node: Node, module: Any, source: Node, rank: int) -> Axes | None:
         case _ if type(module).__module__ == "torch.nn.modules.padding":
             return _pad(rank, module.padding)
         case _ if isinstance(module, _POOLS) and not getattr(module, "return_indices", False):
-            return _keeps_first_two(rank)
+            return _keeps_first_two(rank, _space(module))
     return None
+
+
+def _space(module: nn.Module) -> int | None:
+    """The axes that a pooling layer works on, which its class is named after; None for resampling: all but two."""
+    digits = [base.__name__[-2:] for base in type(module).__mro__ if base.__name__[-2:] in ("1d", "2d", "3d")]
+    return int(digits[-1][0]) if digits and not isinstance(module, nn.Upsample) else None
 
 
 def _of_function(node: Node, source: Node, rank: int) -> Axes | None:
@@ -140,7 +154,10 @@ def _of_function(node: Node, source: Node, rank: int) -> Axes | None:
     if name in _SAME:
         return Axes(rank, rank, tuple(range(rank)))
     if name in _POOL_FUNCTIONS:
-        return None if arguments.get(6, "return_indices", False) else _keeps_first_two(rank)
+        several = arguments.get(6, "return_indices", False)
+        return None if several else _keeps_first_two(rank, _POOL_FUNCTIONS[name])
+    if name in _RESAMPLINGS:
+        return _keeps_first_two(rank)
     if name in _RESHAPES:
         return _reshape(node, name, source, rank)
     if name in _REDUCTIONS and arguments.named("dtype") is None:
@@ -165,8 +182,7 @@ def _of_function(node: Node, source: Node, rank: int) -> Axes | None:
             at = dim % (rank + 1)
             return Axes(rank, rank + 1, tuple(i + (i >= at) for i in range(rank)))
         case "squeeze":
-            dims = arguments.get(1, "dim", None)
-            return None if dims is None else _reduce(rank, dims, False)
+            return _squeeze(node, source, rank, arguments.get(1, "dim", None))
         case "getitem":
             return _index(source, rank, node.args[1])
         case "getattr" if node.args[1] in ("T", "mT") and rank >= 2:
@@ -174,9 +190,11 @@ def _of_function(node: Node, source: Node, rank: int) -> Axes | None:
     return None
 
 
-def _keeps_first_two(rank: int) -> Axes | None:
-    """Poolings and resampling work on the axes after batch and channels."""
-    return Axes(rank, rank, (0, 1, *[None] * (rank - 2))) if rank >= 3 else None
+def _keeps_first_two(rank: int, space: int | None = None) -> Axes | None:
+    """Poolings and resampling work on the axes after batch and channels; a pool also takes an input without batch."""
+    if rank < 3 or space not in (None, rank - 2):
+        return None
+    return Axes(rank, rank, (0, 1, *[None] * (rank - 2)))
 
 
 def _pad(rank: int, amounts: Any) -> Axes | None:
@@ -227,14 +245,39 @@ def _permute(rank: int, dims: Any) -> Axes | None:
 
 
 def _reduce(rank: int, dims: Any, keep: Any) -> Axes | None:
-    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
-    if not all(type(dim) is int for dim in dims) or not isinstance(keep, bool):
+    gone = _positions(dims, rank)
+    if not gone or not isinstance(keep, bool):
+        # No axes stand for all of them.
         return None
-    gone = {dim % rank for dim in dims}
     if keep:
         return Axes(rank, rank, tuple(None if i in gone else i for i in range(rank)))
     kept = [i for i in range(rank) if i not in gone]
     return Axes(rank, len(kept), tuple(kept.index(i) if i in kept else None for i in range(rank)))
+
+
+def _positions(dims: Any, rank: int) -> set[int]:
+    """Axes counted from the front; none of them when any is not known."""
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    return {dim % rank for dim in dims} if rank and all(type(dim) is int for dim in dims) else set()
+
+
+def _squeeze(node: Node, source: Node, rank: int, dims: Any) -> Axes | None:
+    """torch squeezes an axis only when its size is one: it must be, or have been in an example."""
+    gone = _positions(dims, rank)
+    if node.meta.get("rank") != rank - len(gone) and not all(_is_one(source, axis) for axis in gone):
+        return None
+    return _reduce(rank, dims, False)
+
+
+def _is_one(node: Node, axis: int) -> bool:
+    """Whether the size of an axis is one for every input: it was reduced, or added."""
+    name, arguments, rank = facts.target_name(node), facts.Arguments(node), node.meta["rank"]
+    if node.op in ("call_function", "call_method"):
+        if name in _REDUCTIONS and arguments.get(2, "keepdim", False) is True:
+            return axis in _positions(arguments.get(1, "dim", None), rank)
+        if name.startswith("adaptive_avg_pool"):
+            return axis >= 2 and arguments.get(1, "output_size", None) in (1, (1,), (1, 1), (1, 1, 1))
+    return size(node, axis) == 1
 
 
 def _index(source: Node, rank: int, index: Any) -> Axes | None:
@@ -295,7 +338,14 @@ def _new_sizes(node: Node, name: str) -> list[Size] | None:
     wanted = _flat(node.args[1:]) or node.kwargs.get("shape") or node.kwargs.get("size")
     if not isinstance(wanted, (tuple, list)):
         return None
+    if len(wanted) == 1 and type(wanted[0]) is not int and not _is_size(wanted[0]):
+        # A whole shape, or a type.
+        return None
     return [_size_of(item) for item in wanted]
+
+
+def _is_size(item: Any) -> bool:
+    return isinstance(item, Node) and _read_size(item)[0] is not None
 
 
 def _size_of(item: Any) -> Size:
@@ -337,14 +387,18 @@ def size(node: Node, axis: int) -> Size:
         if facts.keeps_shape(node) and source.meta["rank"] == rank:
             node = source
             continue
-        if known is not None and source.meta["rank"] == rank and (axis == 0 or known[1] == -1):
+        moved = axes(node)
+        if moved is not None:
+            if axis not in moved.to:
+                return node, axis
+            node, axis = source, moved.to.index(axis)
+        elif (
+            "layer" in node.meta and known is not None and source.meta["rank"] == rank and (axis == 0 or known[1] == -1)
+        ):
             # A convolution keeps the batch, a matrix product all axes but the last.
             node = source
-            continue
-        moved = axes(node)
-        if moved is None or moved.back(axis - moved.out_rank) is None:
+        else:
             return node, axis
-        node, axis = source, moved.to.index(axis)
 
 
 def channels(node: Node, axis: int) -> int | None:
