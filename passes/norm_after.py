@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from reparam.algebra import AnyConv, ChannelAffine
@@ -38,4 +40,8 @@ class NormAfterPassage(Rule):
             return Missed(f"not foldable backwards: {reason}")
         into = " and ".join(describe(operator) for operator, _ in walk.changes)
         message = f"folded {describe(node)} into {into}"
+        if not walk.through:
+            # A pool that nothing behind it could take the norm in for.
+            ((_, pooled),) = walk.changes
+            return Rewrite(((node, replace(pooled, terms=((1.0, node),))),), message)
         return Rewrite((*walk.changes, (node, source)), message, (node,), tuple(walk.through))
