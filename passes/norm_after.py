@@ -38,6 +38,9 @@ class NormAfterPassage(Rule):
             walk = absorb_backward(graph, node)
         except AlgebraError as reason:
             return Missed(f"not foldable backwards: {reason}")
+        obstacle = graph.relies_on_layout(node)
+        if obstacle is not None:
+            return Missed(obstacle)
         into = " and ".join(describe(operator) for operator, _ in walk.changes)
         message = f"folded {describe(node)} into {into}"
         if not walk.through:

@@ -196,6 +196,33 @@ def test_norm_goes(name):
     assert_case(FOLDED[name])
 
 
+def flatten(x: Tensor, start: int) -> Tensor:
+    """Not torch's."""
+    return x.flatten(start) + 1
+
+
+def cat(values: list[Tensor], axis: int) -> Tensor:
+    """Not torch's."""
+    return torch.cat(values, axis) ** 2
+
+
+torch.fx.wrap("flatten")
+torch.fx.wrap("cat")
+
+
+def view_changed_by_python(self, x):
+    x = self.norm(self.fc(x).transpose(1, 2))
+    self.opaque(x.view(x.shape[0], -1))
+    return x
+
+
+def view_changed_in_place(self, x):
+    x = F.relu(self.norm(self.fc(x).transpose(1, 2)))
+    pixels = x.view(x.shape[0], -1)
+    pixels.add_(1)
+    return x, pixels
+
+
 class OwnFlatten(nn.Flatten):
     """Flattens, and more, in Python that cannot be traced."""
 
@@ -263,7 +290,8 @@ REFUSED: dict[str, Case] = {
     ),
     "a shape in parts": Case(
         lambda s, x: (lambda y: y.view((*y.shape[:2], -1)) * s.scale)(s.conv(x)),
-        lambda: {"conv": conv(), "scale": scale(4)}, (normal(2, 3, 2, 2),), [(normal(5, 3, 1, 4),)], left=1,
+        lambda: {"conv": conv(), "scale": scale(4)},
+        (normal(2, 3, 2, 2),), [(normal(5, 3, 1, 4),)], left=1, guessed=False,
     ),
     "a mean over no axes, which is one over all": Case(
         lambda s, x: s.fc(x).mean(dim=()) * s.scale,
@@ -358,6 +386,22 @@ REFUSED: dict[str, Case] = {
     ),
     "a pool of one's own": Case(
         lambda s, x: s.norm(s.pool(s.conv(x))), lambda: {"conv": conv(), "pool": OwnPool(2), "norm": BN2(4)}, left=1
+    ),
+    "a function that is named like torch's": Case(
+        lambda s, x: s.norm(flatten(s.conv(x), 2)), lambda: {"conv": conv(), "norm": BN1(4)}, left=1
+    ),
+    "another function that is named like torch's": Case(
+        lambda s, x: s.norm(cat([s.a(x), s.b(x)], 1)),
+        lambda: {"a": conv(), "b": conv(3, 2), "norm": BN2(6)}, left=1,
+    ),
+    "a view of its memory, changed by Python": Case(
+        view_changed_by_python,
+        lambda: {"fc": nn.Linear(3, 4), "norm": BN1(4), "opaque": DataDependent(True)},
+        (normal(2, 5, 3),), [(normal(3, 6, 3),)], left=1,
+    ),
+    "a view of its memory, changed in place": Case(
+        view_changed_in_place,
+        lambda: {"fc": nn.Linear(3, 4), "norm": BN1(4)}, (normal(2, 5, 3),), [(normal(3, 6, 3),)], left=2,
     ),
     "changed in place before it is read": Case(
         opaque_on_the_way,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Network, Step, assert_same, inputs_for, largest_error, networks, run
+from networks import TOLERANCE, Network, Step, assert_same, inputs_for, largest_error, networks, run
 from torch import Tensor, nn
 
 import reparam
@@ -81,9 +81,12 @@ def check(
         assert all(torch.equal(a[name], b[name]) for name in a), "two compilations differ"
 
     again = reparam.compile(compiled, example, verify=False)
-    assert kernels(again.report.after) == kernels(report.after)
+    # A merged layer may show a rank that nothing showed before, unless an example did.
+    assert kernels(again.report.after) == kernels(report.after) or not with_example
+    assert again.report.after.kernels <= report.after.kernels
     for x in calls:
-        assert largest_error(run(compiled, *x), run(again, *x)) == 0.0, "compiling twice changes numbers"
+        error = largest_error(run(compiled, *x), run(again, *x))
+        assert error <= (TOLERANCE if again.report.fused else 0.0), "compiling twice changes numbers"
 
 
 @settings(max_examples=NETWORKS)
@@ -149,6 +152,28 @@ REGRESSIONS: dict[str, tuple[int, Network]] = {
         Step("over_size", (3,)),
         Step("neg", (4,)),
         Step("number", (5,), {"how": "mul", "number": 0.3}),
+    ])),
+    # The certificate of a padding of unknown rank padded three axes as if they were four.
+    "reflection by nothing": (1, Network(4, [
+        Step("relu", (0,)),
+        Step("pad", (1,), {"amounts": [0, 0], "mode": "reflect", "value": 0.0}),
+    ])),
+    # A reader that nobody reads froze the memory of a slice, until the second compilation.
+    "unused reader of memory that is written to": (1, Network(1, [
+        Step("some", (0,)),
+        Step("relu_function", (1,), {"in_place": True}),
+        Step("constant", (0,), {"how": "sub", "shape": (1,)}),
+        Step("sum", (1, 1), {"how": "scaled"}),
+    ])),
+    # Merged branches did not call back the norm behind the view that reads them.
+    "norm behind a view of branches": (2, Network(1, [
+        Step("branches", (0,), {"how": "stack", "branches": [
+            ("identity", {}),
+            ("identity", {}),
+            ("norm_conv", {"channels": 1, "out": 1, "kernel": (3, 3), "padding": (1, 1), "padding_mode": "reflect"}),
+        ]}),
+        Step("interpolate", (1,), {"mode": "nearest"}),
+        Step("norm_conv", (2,), {"channels": 1, "out": 3, "kernel": (3, 1), "padding": (2, 1)}),
     ])),
 }  # fmt: skip
 
