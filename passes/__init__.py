@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reparam.passes.affine_chain import AffineAfterAffine
-from reparam.passes.no_op import RemoveNoOp
+from reparam.passes.concat import ConcatenatedBranches
+from reparam.passes.no_op import RemoveNoOp, RemoveViewsUndone
 from reparam.passes.norm_after import NormAfterLinear, NormAfterPassage
 from reparam.passes.norm_before import NormBeforeLinear
 from reparam.passes.padding import CropAfterConv, PadBeforeConv
@@ -15,6 +16,7 @@ from reparam.rewrite import Rule
 
 __all__ = [
     "AffineAfterAffine",
+    "ConcatenatedBranches",
     "ConvAfterConv",
     "CropAfterConv",
     "NormAfterLinear",
@@ -23,6 +25,7 @@ __all__ = [
     "PadBeforeConv",
     "ParallelBranches",
     "RemoveNoOp",
+    "RemoveViewsUndone",
     "default",
 ]
 
@@ -31,6 +34,7 @@ def default() -> Sequence[Rule]:
     """The rules that :func:`reparam.compile` applies, in the order in which they are tried at a node."""
     return (
         RemoveNoOp(),
+        RemoveViewsUndone(),
         NormAfterLinear(),
         NormAfterPassage(),
         AffineAfterAffine(),
@@ -39,4 +43,5 @@ def default() -> Sequence[Rule]:
         PadBeforeConv(),
         CropAfterConv(),
         ConvAfterConv(),
+        ConcatenatedBranches(),
     )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from reparam.algebra import Operator, compose
+from reparam.emit import kernels_of
 from reparam.errors import AlgebraError
 from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
 
@@ -17,13 +18,19 @@ class Compose(Rule):
     Attributes:
         outer: Types of the operator that is visited.
         inner: Types of the operator that it reads.
+        explains: Whether there is a remark where the two stay apart.
     """
 
     outer: ClassVar[tuple[Any, ...]]
     inner: ClassVar[tuple[Any, ...]]
+    explains: ClassVar[bool] = True
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
         """One operator for two."""
+        found = self._compose(node, graph)
+        return None if isinstance(found, Missed) and not self.explains else found
+
+    def _compose(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
         outer = graph.op(node)
         if not isinstance(outer, self.outer):
             return None
@@ -41,6 +48,8 @@ class Compose(Rule):
             fused = compose(outer, inner)
         except AlgebraError as reason:
             return Missed(str(reason))
+        if kernels_of(fused) > graph.kernels(node) + graph.kernels(source):
+            return Missed("one operator would launch more kernels")
         value = Apply(fused, graph.source(source), ((1.0, node),))
         return Rewrite(((node, value),), f"folded {describe(node)} into {describe(source)}")
 

@@ -24,6 +24,7 @@ class CropAfterConv(Compose):
 
     outer = (Pad,)
     inner = (Conv,)
+    explains = False
 
     def too_costly(self, outer: Operator, inner: Operator, kernels: int) -> str | None:
         """A crop is a view, which costs less than a padding of its own."""

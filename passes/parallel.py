@@ -32,7 +32,7 @@ class _Term:
 
     coefficient: float
     node: Node
-    operator: AnyConv | ChannelAffine | AveragePool
+    operator: Operator
     source: Node
     chain: tuple[Node, ...] = ()
 
@@ -126,7 +126,11 @@ def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
     """A term, through as many operators in a row as only it reads and that are one operator together."""
     bare = _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
     operator = graph.op(node)
-    if not isinstance(operator, AnyConv | ChannelAffine | AveragePool) or len(graph.readers(node)) != 1:
+    # A crop is a kernel with one tap, too, but no kernel of its own that could be scaled.
+    is_term = isinstance(operator, AnyConv | ChannelAffine | AveragePool) or (
+        isinstance(operator, Pad) and coefficient == 1.0
+    )
+    if not isinstance(operator, Operator) or not is_term or len(graph.readers(node)) != 1:
         return bare
     chain, source, whole = [node], graph.source(node), operator
     while len(chain) < _DEEPEST and len(source.users) == 1:
@@ -136,8 +140,6 @@ def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
         try:
             longer = compose(whole, inner, outline=True)
         except AlgebraError:
-            break
-        if not isinstance(longer, AnyConv | ChannelAffine | AveragePool):
             break
         chain.append(source)
         source, whole = graph.source(source), longer
@@ -166,17 +168,19 @@ def _size(term: _Term) -> int:
 def _value(cluster: list[_Term], graph: Graph) -> list[tuple[float, Node | Apply]]:
     if len(cluster) == 1 or all(term.is_bare for term in cluster):
         return [(term.coefficient, term.node) for term in cluster]
-    operator = parallel([_whole(term, graph).scaled(term.coefficient) for term in cluster])
+    operator = parallel([_scaled(_whole(term, graph), term.coefficient) for term in cluster])
     return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
 
 
-def _whole(term: _Term, graph: Graph) -> AnyConv | ChannelAffine | AveragePool:
+def _whole(term: _Term, graph: Graph) -> Operator:
     """The operator of a term with its numbers."""
     if len(term.chain) < 2:
         return term.operator
-    whole: Operator = reduce(compose, (_operator(node, graph) for node in term.chain))
-    assert not isinstance(whole, Pad)
-    return whole
+    return reduce(compose, (_operator(node, graph) for node in term.chain))
+
+
+def _scaled(operator: Operator, factor: float) -> Operator:
+    return operator if isinstance(operator, Pad) else operator.scaled(factor)
 
 
 def _operator(node: Node, graph: Graph) -> Operator:

@@ -17,6 +17,7 @@ class ConvAfterConv(Compose):
 
     outer = (AnyConv, AveragePool)
     inner = (AnyConv, AveragePool)
+    explains = False
 
     def too_costly(self, outer: Operator, inner: Operator, kernels: int) -> str | None:
         """The multiply-adds of the one kernel against those of the two."""

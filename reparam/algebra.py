@@ -776,6 +776,15 @@ class Pad:
         """``x``, padded."""
         return _pad(x, self.padding, self.mode, self.value)
 
+    def as_conv(self, channels: int, dimensions: int, *, device: torch.device | None = None) -> Conv:
+        """This padding, on ``channels`` channels, as a depthwise convolution with a single tap.
+
+        Raises:
+            AlgebraError: It pads with anything but zeros, or beyond the last ``dimensions`` axes.
+        """
+        one = torch.ones(channels, 1, *[1] * dimensions, dtype=torch.float64, device=device)
+        return Conv(one, groups=channels).after(self)  # type: ignore[return-value]
+
     def after(self, inner: Pad) -> Pad:
         """``self(inner(x))``: two paddings with the same constant, or two crops.
 
@@ -916,15 +925,52 @@ def parallel(terms: Sequence[Operator], *, outline: bool = False) -> Operator:
     return _sum_convs([_as_conv(term, model) for term in terms], outline)
 
 
+def concatenate(convs: Sequence[Conv], *, outline: bool = False) -> Conv:
+    """``[W1*x; W2*x]`` along the channels as one convolution with the kernels one below the other.
+
+    Exact for any convolutions of one stride and output size that pad alike. Channels of several groups are interleaved
+    otherwise than those of several convolutions, so the result has a single group.
+
+    Args:
+        convs: At least one, all reading the same ``x``.
+        outline: As for :func:`parallel`.
+
+    Raises:
+        AlgebraError: Their outputs have different shapes, or they pad differently.
+    """
+    first = convs[0]
+    for conv in convs[1:]:
+        _check_same_size(first, conv)
+    modes = {conv.padding_mode for conv in convs if conv.pads}
+    if len(modes) > 1:
+        raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
+    lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
+    rows = sum(conv.out_channels for conv in convs)
+    biased = any(conv.bias is not None for conv in convs)
+    if outline:
+        weight, bias = _zeros((rows, first.in_channels, *(taps.count for taps in lattice)), biased)
+    else:
+        weight = torch.cat([conv.double().regroup(1)._on(lattice) for conv in convs])
+        zeros = [weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias for conv in convs]
+        bias = torch.cat(zeros) if biased else None
+    return Conv(
+        weight,
+        bias,
+        first.stride,
+        tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True)),
+        tuple(taps.step for taps in lattice),
+        1,
+        modes.pop() if modes else ZEROS,
+    )
+
+
 def _as_conv(term: Operator, model: AnyConv) -> AnyConv:
     """``term`` as a convolution on the input of ``model``."""
     match term:
         case Conv() | ConvTranspose():
             return term
-        case ChannelAffine() | AveragePool():
+        case ChannelAffine() | AveragePool() | Pad():
             return term.as_conv(model.in_channels, model.dimensions, device=model.weight.device)
-        case Pad():
-            raise AlgebraError("a padding is not a term of a sum")
 
 
 def _add_affines(a: ChannelAffine, b: ChannelAffine) -> ChannelAffine:
@@ -979,14 +1025,19 @@ def _zeros(shape: Ints, bias: bool) -> tuple[Tensor, Tensor | None]:
 
 def _check_parallel(a: AnyConv, b: AnyConv) -> None:
     """Raise unless ``a(x)`` and ``b(x)`` exist for the same inputs and have the same shape for all of them."""
+    _check_same_size(a, b)
+    if a.out_channels != b.out_channels:
+        raise AlgebraError(f"the addition broadcasts: {a.out_channels} and {b.out_channels} output channels")
+
+
+def _check_same_size(a: AnyConv, b: AnyConv) -> None:
+    """Raise unless ``a(x)`` and ``b(x)`` exist for the same inputs and differ at most in their channels."""
     if type(a) is not type(b):
         raise AlgebraError("one of them is a transposed convolution, which has another stride")
     if a.dimensions != b.dimensions:
         raise AlgebraError(f"a {a.dimensions}-d and a {b.dimensions}-d operator")
     if a.in_channels != b.in_channels:
         raise AlgebraError(f"they read {a.in_channels} and {b.in_channels} channels")
-    if a.out_channels != b.out_channels:
-        raise AlgebraError(f"the addition broadcasts: {a.out_channels} and {b.out_channels} output channels")
     if a.stride != b.stride:
         raise AlgebraError(f"strides {a.stride} and {b.stride} differ")
     if a.growth != b.growth:

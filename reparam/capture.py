@@ -77,7 +77,10 @@ def capture(model: nn.Module, example_inputs: tuple[tuple[Any, ...], dict[str, A
     Raises:
         CaptureError: The model cannot be copied or has parameters without values.
     """
+    from reparam import parameters
+
     root = private_copy(model)
+    parameters.settle(root)
     return trace(root, example_inputs)
 
 
@@ -275,6 +278,11 @@ def _set_eval(root: nn.Module) -> None:
         root.eval()
     for module in modules:
         module.__dict__["training"] = False
+        if isinstance(module, torch.jit.ScriptModule):
+            module.eval()
+            for parameter in module.parameters():
+                # Copied by an operation that autograd has recorded.
+                parameter.detach_()
 
 
 def tensor_storages(modules: Iterable[nn.Module]) -> frozenset[int]:
@@ -702,6 +710,9 @@ class _Tracer(torch.fx.Tracer):
                     Remark("capture", "Trace", path, f"{type(m).__name__} carries hooks, kept as it is")
                 )
             return self._call_leaf(m, path, args, kwargs)
+        if isinstance(m, torch.jit.ScriptModule):
+            self.remarks.append(Remark("capture", "Trace", path, "a scripted module, kept as it is"))
+            return self._call_leaf(m, path, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
         stack = list(self.module_stack.items())
         remarks = len(self.remarks)
@@ -739,5 +750,8 @@ def _is_place(value: Any, constant: Tensor, dtypes: set[torch.dtype]) -> bool:
 
 
 def carries_hooks(module: nn.Module) -> bool:
-    """Whether something runs beside a module's forward that a fused kernel would drop."""
-    return any(module.__dict__.get(name) for name in _HOOKS)
+    """Whether something runs beside a module's forward that a fused kernel would drop.
+
+    Besides hooks, these are parametrizations that do more than compute numbers from numbers.
+    """
+    return "parametrizations" in module._modules or any(module.__dict__.get(name) for name in _HOOKS)

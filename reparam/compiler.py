@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reparam import aliasing, emit, facts, inside, measure, mentions, views
 from reparam import capture as capturing
+from reparam import probe as probing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
 from reparam.algebra import AnyConv
@@ -228,6 +229,7 @@ def _compile_graph(
 ) -> tuple[CompiledModel, _Work]:
     """Rewrite what was traced, and compile what lies inside of its opaque leaves."""
     modules = captured.modules
+    captured.remarks = probing.add_remarks(captured.remarks, probing.probe(captured.graph, modules))
     opaque = {
         str(node.target): modules[str(node.target)] for node in captured.graph.nodes if _is_opaque(node, captured)
     }
@@ -384,6 +386,7 @@ class _Reference:
 
     def __init__(self, model: nn.Module, captured: capturing.Capture, call: Call | None, verify: bool) -> None:
         self.remarks: list[Remark] = []
+        self.model = model
         self.call = call
         self.given = call is not None
         self.verify = verify
@@ -438,7 +441,35 @@ class _Reference:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
             actual = verifying.run(compiled, *self.call)
-        return verifying.compare(self.expected, actual)
+        try:
+            return verifying.compare(self.expected, actual)
+        except VerificationError as error:
+            comparison = self._compare_in_double(compiled, actual)
+            if comparison is None:
+                raise
+            says = "the model itself rounds so much that single precision says little; compared in float64"
+            self.remarks.append(Remark("capture", "Verify", "", f"{says} ({error})"))
+            return comparison
+
+    def _compare_in_double(self, compiled: nn.Module, actual: Any) -> Comparison | None:
+        """The comparison that tells rounding from error, None when there is an error.
+
+        The result, whose weights were rounded, must agree with the model when both are run in float64; or, where the
+        model amplifies even that, be about as far from it as the model's own output in its own precision is.
+        """
+        assert self.call is not None
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _doubled, self.call)
+        try:
+            exact = verifying.run(capturing.private_copy(self.model).double(), args, kwargs)
+            result = verifying.run(capturing.private_copy(compiled).double(), args, kwargs)
+            tolerance = max(verifying.TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
+            anything = float("inf")
+            rounding = verifying.compare(exact, _double(self.expected), anything).largest_error
+            if verifying.compare(exact, _double(actual), anything).largest_error <= _ROUNDINGS * rounding <= 1.0:
+                tolerance = max(tolerance, _ROUNDINGS * rounding)
+            return verifying.compare(exact, result, tolerance)
+        except (ReparamError, RuntimeError, TypeError, ValueError):
+            return None
 
     def multiply_adds_of(self, compiled: nn.Module) -> int | None:
         """Multiply-adds of the result on the example inputs, None without them."""
@@ -446,6 +477,22 @@ class _Reference:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
             return measure.multiply_adds_of(_Frozen(compiled), *self.call)
+
+
+# How much farther than its own rounding a result may be from a model.
+_ROUNDINGS = 4.0
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _double(value: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, _doubled, value)
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class _Frozen(nn.Module):

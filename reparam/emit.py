@@ -167,6 +167,9 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
     Returns:
         Module or tensor for every name that the graph uses.
     """
+    for node in graph.fx.nodes:
+        _take_as_operator(graph, node)
+    graph.fx.eliminate_dead_code(lambda node: node.op != "get_attr")
     used = {str(node.target): _lookup(graph, str(node.target)) for node in graph.fx.nodes if _has_name(node)}
     _rename_reserved(graph, used)
     names = _Names(graph, used)
@@ -189,7 +192,7 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         if path is None or not _computes(used[path], operator):
             # A norm may be more precise than the convolution before it, which reads what the model's input is.
             largest = max(sorted(origins & dtypes.keys()), key=lambda origin: names.sizes.get(origin, 0), default=None)
-            dtype = default if largest is None else dtypes[largest]
+            dtype = node.meta.get("precision") or (default if largest is None else dtypes[largest])
             path = shared[key] = names.take(node)
             used[path] = layer(operator, dtype)
         source = graph.source(node)
@@ -199,6 +202,28 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
         with graph.fx.inserting_before(node):
             _replace(graph, node, graph.fx.call_module(path, (source,)))
     return used
+
+
+def _take_as_operator(graph: Graph, node: Node) -> None:
+    """A convolution that nothing fused with becomes a layer, too, where its model has none for it.
+
+    That is where a function was called with a kernel, which may have been computed from parameters by a program that
+    runs no longer; and where Python that launches more kernels turned out to be a convolution.
+    """
+    from reparam.rewrite import calls, origins
+
+    operator = graph.op(node) if not isinstance(node.target, Operator) else None
+    precision: torch.dtype | None
+    if node.op == "call_function" and isinstance(operator, AnyConv):
+        precision = operator.weight.dtype
+    elif "operator" in node.meta and isinstance(operator, Operator) and node.meta["kernels"] > kernels_of(operator):
+        parameters = graph.modules[str(node.target)].parameters()
+        precision = next((p.dtype for p in parameters if p.is_floating_point()), None)
+    else:
+        return
+    source = graph.source(node)
+    node.meta.update(origins=origins(node), calls=calls(node), precision=precision)
+    node.op, node.target, node.args, node.kwargs = "call_function", operator, (source,), {}
 
 
 def _single_number(operator: Operator) -> tuple[Any, float] | None:

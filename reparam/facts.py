@@ -283,12 +283,14 @@ def is_floating(node: Node) -> bool:
 
 
 def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
-    """Decide which inputs may be of integers where no example shows it.
+    """Decide how many axes inputs have, and which may be of integers, where no example shows it.
 
-    Inputs are taken to be of floating-point numbers, with two exceptions: what arithmetic turns into indices, and
-    images that are divided (``image / 255``) before any layer has read them.
+    An input that a convolution reads has the axes that convolutions read. Inputs are taken to be of floating-point
+    numbers, with two exceptions: what arithmetic turns into indices, and images that are divided (``image / 255``)
+    before any layer has read them.
     """
     nodes = list(nodes)
+    _settle_ranks(nodes, modules)
     live = _live(nodes)
     for node in nodes:
         if node.op == "placeholder" and "dtype" not in node.meta:
@@ -298,6 +300,29 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
             node.meta["floating"] = read_by_layer or not (divided or _becomes_index(node, modules))
         elif node.op in ("call_function", "call_method"):
             node.meta["floating"] = is_floating(node)
+
+
+def _settle_ranks(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
+    """Ranks of inputs as their readers have them, and of what depends on them."""
+    for node in nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if node.op == "placeholder" and node.meta.get("rank") is None and node.meta.get("kind") != "other":
+            readers = [_rank_read(reader, modules) for reader in node.users if reader.args[:1] == (node,)]
+            node.meta["rank"] = next(filter(None, readers), None)
+        elif node.meta.get("rank") is None and node.op.startswith("call"):
+            node.meta["rank"] = rank(node, module)
+
+
+def _rank_read(reader: Node, modules: Mapping[str, nn.Module]) -> int | None:
+    """The number of axes that a convolution, or a norm of images, reads."""
+    if reader.op != "call_module":
+        return _CONV_FUNCTIONS.get(target_name(reader)) if reader.op == "call_function" else None
+    module = modules[str(reader.target)]
+    norms = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+    for dimensions, classes in _CONVS.items():
+        if isinstance(module, classes):
+            return dimensions + 2
+    return next((rank for cls, rank in norms.items() if isinstance(module, cls)), None)
 
 
 def _live(nodes: Iterable[Node]) -> set[Node]:
@@ -324,7 +349,7 @@ def _becomes_index(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def keeps_shape(node: Node) -> bool:
     """Whether a node is known to return its first input's shape."""
-    return target_name(node) in _KEEP_SHAPE or "keeps_shape" in node.meta
+    return (node.op != "call_module" and target_name(node) in _KEEP_SHAPE) or "keeps_shape" in node.meta
 
 
 def note(node: Node, module: nn.Module | None = None) -> None:

@@ -153,6 +153,10 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
 def _lift_module(node: Node, module: nn.Module, modules: Modules) -> Operator | Sum | Refusal | None:
     from reparam.capture import carries_hooks
 
+    if "operator" in node.meta:
+        # Found by running it; see :mod:`reparam.probe`.
+        found: Operator = node.meta["operator"]
+        return found
     cls = _leaf_class(type(module))
     if cls is None or not is_leaf(module):
         return None
@@ -465,6 +469,46 @@ for _space, _pool in enumerate((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), start
 @register(F.pad, torch._C._nn.pad)
 def _(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Operator | None:
     return _pad(pad, mode, value) if isinstance(input, Node) else None
+
+
+@register(operator.getitem)
+def _(x: Any, index: Any) -> Operator | None:
+    """Slices of the axes after the batch: a crop, a stride, or both."""
+    if not _is_linear_in(x) or x.meta.get("kind") != "tensor" or not isinstance(x.meta.get("rank"), int):
+        return None
+    slices = _slices(index, x.meta["rank"])
+    if slices is None or slices[0] != slice(None):
+        return None
+    crops: list[tuple[int, int]] = []
+    for item in slices[1:]:
+        start, stop = item.start or 0, item.stop or 0
+        if type(start) is not int or type(stop) is not int or start < 0 or stop > 0 or item.stop == 0:
+            return None  # what it leaves out depends on the size
+        crops.append((-start, stop))
+    steps = [item.step or 1 for item in slices[1:]]
+    if all(step == 1 for step in steps):
+        return Pad(tuple(crops))
+    if crops[0] != (0, 0) or steps[0] != 1 or not all(type(step) is int and step > 0 for step in steps):
+        return None
+    if not any(map(any, crops)):
+        return AveragePool((1,) * len(steps[1:]), tuple(steps[1:]), (0,) * len(steps[1:]))
+    channels = _channels(x, -len(steps))
+    if channels is None:
+        return None
+    weight = torch.ones(channels, 1, *[1] * len(steps[1:]), dtype=torch.float64)
+    return Conv(weight, None, tuple(steps[1:]), tuple(crops[1:]), groups=channels)
+
+
+def _slices(index: Any, rank: int) -> list[slice] | None:
+    """A slice for every axis; None when an index is anything else."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if sum(item is Ellipsis for item in items) > 1:
+        return None
+    if not any(item is Ellipsis for item in items):
+        items.append(Ellipsis)
+    at = next(i for i, item in enumerate(items) if item is Ellipsis)
+    items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
+    return items if len(items) == rank and all(isinstance(item, slice) for item in items) else None
 
 
 # Arithmetic.

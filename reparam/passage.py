@@ -193,7 +193,7 @@ def _terms(total: Sum, affine: ChannelAffine) -> Parts:
 
 def _concatenated(node: Node, affine: ChannelAffine) -> Parts:
     """An affine of a concatenation as affines of its parts."""
-    parts, axis = _concatenation(node)
+    parts, axis = concatenation(node)
     if affine.axis is None or affine.axis != axis:
         return [(part, affine) for part in dict.fromkeys(parts)]
     counts = [views.channels(part, axis) for part in parts]
@@ -206,8 +206,14 @@ def _concatenated(node: Node, affine: ChannelAffine) -> Parts:
     return [(part, ChannelAffine(scale, shift, axis)) for part, scale, shift in zip(parts, scales, shifts, strict=True)]
 
 
-def _concatenation(node: Node) -> tuple[list[Node], int]:
-    """The parts of a concatenation, and its axis counted from the end."""
+def concatenation(node: Node) -> tuple[list[Node], int]:
+    """The parts of a concatenation, and its axis counted from the end.
+
+    Raises:
+        AlgebraError: The node is none, or not known well enough.
+    """
+    if facts.target_name(node) not in _CONCATENATIONS or node.op != "call_function":
+        raise AlgebraError("it is no concatenation")
     arguments, rank = facts.Arguments(node), node.meta.get("rank")
     parts, dim = arguments.get(0, "tensors", None), arguments.get(1, "dim", 0)
     if not isinstance(parts, (tuple, list)) or not all(isinstance(part, Node) for part in parts):
@@ -319,7 +325,7 @@ def _tile(vector: Tensor, count: int) -> Tensor:
 
 def _beside(node: Node, reader: Node, affine: ChannelAffine) -> ChannelAffine:
     """An affine of one part of a concatenation as one of the whole, which leaves the other parts alone."""
-    parts, axis = _concatenation(reader)
+    parts, axis = concatenation(reader)
     counts = [views.channels(part, axis) for part in parts]
     if affine.axis not in (axis, None) or None in counts:
         raise AlgebraError("the parts of the concatenation have numbers of channels that no layer shows")

@@ -181,8 +181,8 @@ class Graph:
         return f"the memory that {describe(views[0])} shares may be written to" if written else None
 
     def is_opaque(self, node: Node) -> bool:
-        """Whether a node calls Python that was not traced."""
-        if node.op != "call_module":
+        """Whether a node calls Python that was not traced, and of which nothing else is known."""
+        if node.op != "call_module" or "operator" in node.meta:
             return False
         module = self.modules[str(node.target)]
         return not is_leaf(module) or carries_hooks(module)
@@ -191,8 +191,8 @@ class Graph:
         """Kernels that ``node`` launches."""
         operator = self.op(node)
         match operator:
-            case Pad() if facts.target_name(node) == "getitem":
-                return 0
+            case Conv() | Pad() | AveragePool() if facts.target_name(node) == "getitem":
+                return 0  # a view
             case Conv() | ConvTranspose() | ChannelAffine() | Pad() | AveragePool():
                 return kernels_of(operator)
             case Sum():

@@ -7,7 +7,9 @@ room for a mistake at an edge. Whole models are compared in their own precision.
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,11 +116,10 @@ def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
     tensors = [node for node in read if node.meta.get("kind") != "other"]
     if len(tensors) != 1:
         raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
-    # The norm itself, when the operators that take it in read something that it passed.
-    norm = graph.op(next(node for node in (*tensors[0].users, *sources) if node in dict(rewrite.values)))
-    operator = sources.get(tensors[0]) or (norm if isinstance(norm, Operator) else None)
-    if operator is None:
-        raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
+    # The norm itself, when the operators that take it in read something that it passed; any sizes will do for views.
+    replaced = [graph.op(node) for node, _ in rewrite.values if tensors[0] in node.all_input_nodes]
+    operators = [sources.get(tensors[0]), *replaced]
+    operator = next((found for found in operators if isinstance(found, Operator)), Pad(()))
     for x in _inputs(operator, tensors[0]):
         yield {tensors[0]: x}
 
@@ -248,9 +249,7 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[N
             owner, _, name = str(node.target).rpartition(".")
             result = _double(getattr(graph.modules[owner], name))
         case "call_module":
-            module = graph.modules[str(node.target)]
-            tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-            result = torch.func.functional_call(module, {k: _double(v) for k, v in tensors.items()}, args, kwargs)
+            result = InDouble(graph.modules[str(node.target)])(*args, **kwargs)
         case "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         case _:
@@ -258,6 +257,40 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[N
             result = function(*args, **kwargs)
     env[node] = result
     return result
+
+
+class InDouble:
+    """A module's forward with its parameters and buffers in float64.
+
+    Attributes:
+        storages: Identities of the memory that these lie in.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        if isinstance(module, torch.jit.ScriptModule):
+            # Its tensors cannot be exchanged for a call.
+            with warnings.catch_warnings():
+                # torch asks the copies, which are no leaves, for gradients.
+                warnings.simplefilter("ignore")
+                self.module = copy.deepcopy(module).double().eval()
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        self.tensors = {name: _double(tensor) for name, tensor in tensors}
+        self.storages = frozenset(tensor.untyped_storage()._cdata for tensor in self.tensors.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output.
+
+        Raises:
+            VerificationError: It replaces one of its tensors by another.
+        """
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return self.module(*args, **kwargs)
+        tensors = dict(self.tensors)
+        result = torch.func.functional_call(self.module, tensors, args, kwargs)
+        if any(tensors[name] is not tensor for name, tensor in self.tensors.items()):
+            raise VerificationError(f"{type(self.module).__name__} replaces its own tensors")
+        return result
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn.functional as F
-from networks import DataDependent, assert_same, image, model, rewritten, run
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import DataDependent, assert_same, image, model, normal, rewritten, run
 from torch import nn
 
 import reparam
-from reparam.passes import RemoveNoOp
+from reparam.passes import RemoveNoOp, RemoveViewsUndone
 
 
 def test_identities_go():
@@ -76,3 +79,32 @@ def test_value_that_untraced_python_changes_is_copied_as_before():
     compiled = reparam.compile(net)
     assert compiled.report.fused == []
     assert_same(net, compiled, image(3, 2))
+
+
+def test_views_that_undo_each_other_are_removed():
+    def forward(self, x):
+        x = x.transpose(1, 2).permute(0, 2, 1)
+        return torch.relu(x.flatten(0, 1).unsqueeze(0).reshape_as(x)).transpose(1, 2)
+
+    net = model(forward)
+    before, after = rewritten(net, [RemoveViewsUndone()], torch.zeros(2, 3, 4, dtype=torch.float64))
+    assert before != after
+    assert after == "%0 = input x\n%1 = relu(%0)\n%2 = transpose(%1, 1, 2)\nreturn %2"
+    assert_same(net, reparam.compile(net, torch.zeros(2, 3, 4, dtype=torch.float64)), normal(5, 4, 3))
+
+
+@given(st.lists(st.permutations(range(4)), min_size=1, max_size=4))
+def test_only_permutations_that_undo_each_other_are_removed(orders):
+    def forward(self, x):
+        for order in orders:
+            x = x.permute(*order)
+        return torch.relu(x)
+
+    net, x = model(forward), normal(2, 3, 4, 5)
+    compiled = reparam.compile(net, x)
+    assert_same(net, compiled, x)
+    whole = torch.zeros(2, 3, 4, 5)
+    for order in orders:
+        whole = whole.permute(*order)
+    if whole.shape == (2, 3, 4, 5):
+        assert "permute" not in compiled.code

@@ -377,3 +377,39 @@ def test_any_chains_beside_each_other(data, dimensions):
     compiled = reparam.compile(net)
     assert_same(net, compiled, x)
     assert compiled.report.after.kernels <= compiled.report.before.kernels
+
+
+# Cropped branches.
+
+
+def test_a_slice_before_a_branch_is_a_negative_padding():
+    net = model(
+        lambda s, x: s.large(x) + s.small(x[:, :, 1:-1, 1:-1]) + x[..., 1:-1, 1:-1],
+        large=nn.Conv2d(3, 3, 3), small=nn.Conv2d(3, 3, 1),
+    )  # fmt: skip
+    _, after = rewritten(net, RULES)
+    assert after == "%0 = input x\n%1 = conv2d[3 -> 3, 3x3, bias](%0)\nreturn %1"
+    assert_same(net, reparam.compile(net), image(3, 2))
+
+
+@given(st.data(), st.integers(1, 2), st.sampled_from((0.5, 1, -1)))
+def test_any_slices_before_and_after_branches(data, dimensions, factor):
+    starts, stops, steps = st.integers(0, 2), st.sampled_from((None, -1, -2, 5)), st.sampled_from((None, 1, 2))
+
+    def index():
+        cut = [slice(data.draw(starts), data.draw(stops), data.draw(steps)) for _ in range(dimensions)]
+        return (slice(None), slice(None), *cut) if data.draw(st.booleans()) else (..., *cut)
+
+    first, second, third = index(), index(), index()
+    conv, other = data.draw(layers(dimensions, 2, 2)), data.draw(layers(dimensions, 2, 2))
+    net = model(
+        lambda s, x: factor * s.conv(x[first]) + s.other(x)[second] + 2 * x[third], conv=conv, other=other
+    )  # fmt: skip
+    x = normal(2, 2, *(41, 40)[:dimensions])
+    try:
+        net(x)
+    except RuntimeError:  # their shapes do not broadcast
+        return
+    compiled = reparam.compile(net)
+    assert_same(net, compiled, x)
+    assert compiled.report.after.kernels <= compiled.report.before.kernels

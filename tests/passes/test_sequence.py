@@ -114,32 +114,28 @@ def test_any_crop_after_any_convolution(data, dimensions, mode):
 # Refusals.
 
 
-def check_left(net: nn.Module, reason: str) -> None:
+def check_left(net: nn.Module) -> None:
     before, after = rewritten(net, RULES)
     assert before == after
     compiled = reparam.compile(net)
-    assert reasons(compiled) == [reason]
+    assert reasons(compiled) == []  # nobody expects any two convolutions in a row to become one
     assert_same(net, compiled, image(64, 2))
 
 
 def test_a_bottleneck_stays():
-    check_left(
-        chain(nn.Conv2d(64, 4, 1), nn.Conv2d(4, 64, 1)), "one kernel would take 8.0 times the multiply-adds"
-    )  # fmt: skip
+    check_left(chain(nn.Conv2d(64, 4, 1), nn.Conv2d(4, 64, 1)))
 
 
 def test_depthwise_before_pointwise_stays():
-    depthwise = nn.Conv2d(64, 64, 3, groups=64)
-    check_left(chain(depthwise, nn.Conv2d(64, 64, 1)), "one kernel would take 7.9 times the multiply-adds")
+    check_left(chain(nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 1)))
 
 
 def test_a_padded_second_convolution_stays():
-    reason = "the second convolution pads the first one's output"
-    check_left(chain(nn.Conv2d(64, 64, 3, bias=False), nn.Conv2d(64, 64, 3, padding=1)), reason)
+    check_left(chain(nn.Conv2d(64, 64, 3, bias=False), nn.Conv2d(64, 64, 3, padding=1)))
 
 
 def test_a_bias_before_padding_stays():
-    check_left(chain(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, padding=1)), "bias before zero padding")
+    check_left(chain(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, padding=1)))
 
 
 @pytest.mark.parametrize("read", [lambda s, x: (s.b(s.a(x)), s.a(x)), lambda s, x: (lambda y: (s.b(y), y))(s.a(x))])

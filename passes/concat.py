@@ -1,0 +1,41 @@
+"""``cat(conv(x), conv(x)) -> conv(x)``: branches side by side, when each of their outputs goes nowhere else."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from reparam.algebra import Conv, concatenate
+from reparam.errors import AlgebraError
+from reparam.passage import concatenation
+from reparam.passes import cost
+from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
+
+
+class ConcatenatedBranches(Rule):
+    """``[W1*x; W2*x] = [W1; W2]*x`` for convolutions, or matrix products, of one input along their channels."""
+
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+        """One convolution for all branches of a concatenation."""
+        try:
+            parts, axis = concatenation(node)
+        except AlgebraError:
+            return None
+        convs = [conv for part in parts if isinstance(conv := graph.op(part), Conv) and conv.axis == axis]
+        if len(convs) < len(parts) or len(parts) < 2 or len({graph.source(part) for part in parts}) > 1:
+            return None
+        if any(list(part.users) != [node] for part in parts) or len(set(parts)) < len(parts):
+            return Missed("one of the concatenated branches is read elsewhere")
+        source = graph.source(parts[0])
+        if graph.is_changed_between(source, min(parts), node):
+            return Missed("the input of the branches may be changed in place between them")
+        try:
+            merged = concatenate(convs, outline=True)
+            apart = float(sum(conv.multiply_adds for conv in convs))
+            obstacle = cost.too_costly(merged, apart, sum(map(graph.kernels, parts)) + 1)
+            if obstacle is not None:
+                return Missed(f"the concatenated branches stay apart: {obstacle}")
+            merged = concatenate(convs)
+        except AlgebraError as reason:
+            return Missed(f"the concatenated branches stay apart: {reason}")
+        message = f"merged {', '.join(map(describe, parts))} side by side"
+        return Rewrite(((node, Apply(merged, source, ((1.0, node),))),), message)
