@@ -76,9 +76,15 @@ _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad 
 
 
 def target_name(node: Node) -> str:
-    """Name of what a function or method node calls, without module or trailing underscore."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.rstrip("_")
+    """Name of what a function or method node calls, without module or trailing underscore.
+
+    Empty for a function that is neither torch's nor Python's: its name says nothing about what it computes.
+    """
+    if isinstance(node.target, str):
+        return node.target.rstrip("_")
+    owner = getattr(node.target, "__module__", None) or "torch"
+    known = owner.partition(".")[0] in ("torch", "_operator", "operator", "builtins", "math")
+    return str(getattr(node.target, "__name__", "")).rstrip("_") if known else ""
 
 
 def reads_only_metadata(node: Node) -> bool:
@@ -183,7 +189,8 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
         case "cat" | "concat" | "stack":
             items = first if isinstance(first, (tuple, list)) else ()
             ranks = [item.meta.get("rank") for item in items if isinstance(item, Node)]
-            return None if not ranks or ranks[0] is None else ranks[0] + (name == "stack")
+            alike = next((own for own in ranks if own is not None), None)
+            return None if alike is None else alike + (name == "stack")
         case "getitem":
             return _indexed(node, known)
     return None
