@@ -65,7 +65,7 @@ _INTEGERS = frozenset(
 CONVERSIONS = frozenset("bfloat16 double float half to type type_as".split())
 # Methods of a tensor that return one, beside those above.
 _TENSOR_METHODS = frozenset(
-    """amax amin bmm expand expand_as flatten matmul mean movedim narrow permute repeat reshape squeeze std sum
+    """amax amin bmm expand expand_as flatten matmul mean movedim narrow permute repeat reshape reshape_as squeeze std sum
     unflatten unsqueeze var view view_as""".split()
 )
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -182,6 +182,15 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
             return len(shape) if len(shape) > 1 or (shape and isinstance(shape[0], int)) else None
         case "expand" | "repeat" | "tile" if all(type(size) is int or isinstance(size, Node) for size in node.args[1:]):
             return len(node.args) - 1 if name != "tile" and len(node.args) > 2 else None
+        case "reshape_as" | "view_as" | "expand_as" if len(node.args) > 1 and isinstance(node.args[1], Node):
+            return node.args[1].meta.get("rank")
+        case "matmul" | "bmm" | "baddbmm":
+            ranks = [source.meta.get("rank") for source in node.all_input_nodes]
+            return None if None in ranks or min(ranks) < 2 else max(ranks)
+        case "scaled_dot_product_attention":
+            return known
+        case "unflatten" if known is not None and isinstance(arguments.get(2, "sizes", None), (tuple, list)):
+            return known + len(arguments.get(2, "sizes", ())) - 1
         case "permute":
             return known
         case "unsqueeze":
