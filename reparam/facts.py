@@ -65,7 +65,8 @@ _INTEGERS = frozenset(
 CONVERSIONS = frozenset("bfloat16 double float half to type type_as".split())
 # Methods of a tensor that return one, beside those above.
 _TENSOR_METHODS = frozenset(
-    """amax amin bmm expand expand_as flatten matmul mean movedim narrow permute repeat reshape reshape_as squeeze std sum
+    """amax amin bmm expand expand_as
+    flatten matmul mean movedim narrow permute repeat reshape reshape_as squeeze std sum
     unflatten unsqueeze var view view_as""".split()
 )
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
