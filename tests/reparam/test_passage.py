@@ -372,6 +372,10 @@ REFUSED: dict[str, Case] = {
         lambda s, x: (lambda n: s.conv(torch.cat([n, n.clone()], 1)))(s.norm(F.relu(x))),
         lambda: {"norm": BN2(3), "conv": conv(6)}, left=1,
     ),
+    "read twice by one convolution, every other column": Case(
+        lambda s, x: (lambda n: s.conv(torch.cat([n[..., ::2], n[..., 1::2]], 1)))(s.norm(F.relu(x))),
+        lambda: {"norm": BN2(3), "conv": conv(6)}, others=[(normal(3, 3, 5, 6),)], left=1,
+    ),
     # Python that was not traced, or that a hook adds.
     "a hooked view": Case(
         lambda s, x: s.norm(s.flat(s.conv(x))),
