@@ -180,6 +180,8 @@ class Weighted:
         groups: Number of blocks of channels that do not mix.
         gain: Shape ``(out_channels,)``: what every output channel's kernel is to be multiplied by, or None. Kept
             apart, so that a norm is folded in without a copy of the kernel; :attr:`kernel` is the product.
+        terms: The operators whose kernels add up to this one's, or none. The weight then only has the shape: a merged
+            kernel in float64 takes more memory than the branches, and is made when its layer is.
     """
 
     weight: Tensor
@@ -189,6 +191,7 @@ class Weighted:
     dilation: Ints = ()
     groups: int = 1
     gain: Tensor | None = field(default=None, kw_only=True)
+    terms: tuple[Weighted, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", self.weight.detach())
@@ -204,10 +207,16 @@ class Weighted:
     @property
     def kernel(self) -> Tensor:
         """The numbers that multiply the input: weight times gain, in float64. Not to be written to."""
+        if self.terms:
+            return self._summed().kernel
         if self.gain is None:
             return _double(self.weight)
         kernel = self.weight.to(torch.float64, copy=True)
         return kernel.mul_(self.gain.view(-1, *[1] * (kernel.dim() - 1)))
+
+    def _summed(self) -> Self:
+        """The same operator with the numbers of its terms in its weight."""
+        return replace(self, weight=_sum_of_kernels(self.terms, self.groups, self._lattices), terms=())
 
     @property
     def dimensions(self) -> int:
@@ -252,7 +261,7 @@ class Weighted:
 
     def double(self) -> Self:
         """The same operator with its numbers in float64."""
-        return replace(self, weight=self.kernel, gain=None)
+        return replace(self, weight=self.kernel, gain=None, terms=())
 
     def regroup(self, groups: int) -> Self:
         """The same operator in fewer groups: a block-diagonal kernel, zero between the old groups.
@@ -264,6 +273,8 @@ class Weighted:
             return self
         if self.groups % groups:
             raise AlgebraError(f"{self.groups} groups cannot be written as {groups}")
+        if self.terms:
+            return self._summed().regroup(groups)
         blocks = self.groups // groups
         rows, columns = self.out_channels // self.groups, self.weight.shape[1]
         old = self.weight.reshape(groups, blocks, rows, columns, *self.kernel_size)
@@ -278,14 +289,15 @@ class Weighted:
             (before + d * more[0], after + d * more[1])
             for (before, after), d, more in zip(self.padding, self.dilation, taps, strict=True)
         )
-        return replace(self, weight=F.pad(self.weight, _flat_padding(taps)), padding=padding)
+        whole = self._summed() if self.terms else self
+        return replace(whole, weight=F.pad(whole.weight, _flat_padding(taps)), padding=padding)
 
     def undilate(self) -> Self:
         """The same operator with dilation 1: zeros between the taps."""
         if all(d == 1 for d in self.dilation):
             return self
         lattice = [_Lattice(taps.first, 1, taps.last - taps.first + 1) for taps in self._lattices]
-        return replace(self, weight=self._on(lattice), dilation=(1,) * self.dimensions)
+        return replace(self, weight=self._on(lattice), dilation=(1,) * self.dimensions, terms=())
 
     @property
     def _lattices(self) -> list[_Lattice]:
@@ -297,6 +309,8 @@ class Weighted:
 
     def _on(self, lattice: Sequence[_Lattice]) -> Tensor:
         """The weight spread over a lattice of taps that contains its own, zero elsewhere."""
+        if self.terms:
+            return self._summed()._on(lattice)
         if self.kernel_size == tuple(taps.count for taps in lattice):
             return self.weight
         weight = self.weight.new_zeros(*self.weight.shape[:2], *(taps.count for taps in lattice))
@@ -319,7 +333,8 @@ class Weighted:
         if any(s != 1 for s in self.stride):
             raise AlgebraError(f"the convolution has a stride of {self.stride}")
         padding = tuple((e - before, e - after) for (before, after), e in zip(self.padding, self.extent, strict=True))
-        weight = self.weight.flip(tuple(range(2, self.weight.dim()))).contiguous()
+        own = self._summed().weight if self.terms else self.weight
+        weight = own.flip(tuple(range(2, own.dim()))).contiguous()
         shared = {name: getattr(self, name) for name in ("bias", "dilation", "groups", "gain")}
         return {"weight": weight, "padding": padding, **shared}
 
@@ -487,7 +502,7 @@ class Conv(Weighted):
             raise AlgebraError("shift before zero padding")
         kernel = self.kernel
         constant = None if shift is None else (kernel * self._rows(shift)).flatten(1).sum(1)
-        return replace(self, weight=kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None)
+        return replace(self, weight=kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None, terms=())
 
     def _after_pad(self, pad: Pad) -> Conv:
         """A padding before a convolution is the convolution's own, when both pad the same way."""
@@ -665,7 +680,8 @@ class ConvTranspose(Weighted):
         _refuse_expansion(norm)
         scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
         constant = None if shift is None else self._of_constant(shift)
-        return replace(self, weight=self.kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None)
+        kernel = self.kernel * self._rows(scale)
+        return replace(self, weight=kernel, bias=_add(self.bias, constant), gain=None, terms=())
 
     def _after_conv(self, inner: Conv, outline: bool) -> ConvTranspose:
         """Exact when the convolution has no stride, and what its output lacks at the border would not be written.
@@ -988,24 +1004,27 @@ def _sum_convs(convs: Sequence[AnyConv], outline: bool) -> AnyConv:
         raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
     groups = reduce(math.gcd, (conv.groups for conv in convs))
     lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
-    rows, columns = first.out_channels, first.in_channels // groups
+    shape = (first.out_channels, first.in_channels // groups, *(taps.count for taps in lattice))
+    biases = [conv.bias for conv in convs if conv.bias is not None]
+    weight, bias = _zeros(shape, bool(biases), first.weight.device)
+    # A transposed kernel may get further taps, for which it needs its numbers.
+    terms = () if outline or isinstance(first, ConvTranspose) else tuple(convs)
+    if isinstance(first, ConvTranspose) and not outline:
+        weight = _sum_of_kernels(convs, groups, lattice)
     return type(first)(
-        *_numbers(convs, groups, lattice, (rows, columns, *(taps.count for taps in lattice)), outline),
+        weight,
+        bias if outline or not biases else reduce(torch.add, biases),
         first.stride,
         tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True)),
         tuple(taps.step for taps in lattice),
         groups,
         *modes,
+        terms=terms,
     )
 
 
-def _numbers(
-    convs: Sequence[AnyConv], groups: int, lattice: Sequence[_Lattice], shape: Ints, outline: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a sum of convolutions, over common groups and taps."""
-    biases = [conv.bias for conv in convs if conv.bias is not None]
-    if outline:
-        return _zeros(shape, bool(biases))
+def _sum_of_kernels(convs: Sequence[Weighted], groups: int, lattice: Sequence[_Lattice]) -> Tensor:
+    """The kernels of some convolutions, over common groups and taps, added up in float64."""
     # The largest kernel usually has the common taps already, and the others are added into a copy of it.
     convs = sorted(convs, key=lambda conv: -conv.weight.numel() * (conv.groups == groups))
     first = convs[0].regroup(groups)
@@ -1014,12 +1033,12 @@ def _numbers(
         weight.mul_(first.gain.view(-1, *[1] * (weight.dim() - 1)))
     for conv in convs[1:]:
         weight[_within(conv._lattices, lattice)] += conv.regroup(groups).kernel
-    return weight, reduce(torch.add, biases) if biases else None
+    return weight
 
 
-def _zeros(shape: Ints, bias: bool) -> tuple[Tensor, Tensor | None]:
+def _zeros(shape: Ints, bias: bool, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a convolution that is not filled in: one zero, seen from everywhere."""
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
     return zero.expand(shape), zero.expand(shape[:1]) if bias else None
 
 

@@ -721,15 +721,19 @@ def test_a_sequence_is_refused_exactly_when_it_is_no_convolution() -> None:
 
 def check_sum(terms: Sequence[Operator]) -> Conv:
     conv = next(term for term in terms if isinstance(term, Conv))
-    fused = combine(lambda *operands: parallel(operands), *terms)
+    merged = combine(lambda *operands: parallel(operands), *terms)
+    assert isinstance(merged, Conv)
+    # The kernel takes no memory until it is asked for.
+    assert merged.weight.untyped_storage().nbytes() == torch.float64.itemsize
+    fused = merged.double()
     outline = combine(lambda *operands: parallel(operands, outline=True), *terms)
-    assert isinstance(fused, Conv)
     assert isinstance(outline, Conv)
     for name, value in vars(fused).items():
         shown = getattr(outline, name)
         assert shown.shape == value.shape if isinstance(value, Tensor) else shown == value
     assert outline.weight.untyped_storage().nbytes() == torch.float64.itemsize
-    check(fused, total(*terms), conv.in_channels, conv.dimensions, *([term] for term in terms))
+    assert torch.equal(merged.kernel, fused.weight)
+    check(merged, total(*terms), conv.in_channels, conv.dimensions, *([term] for term in terms))
     return fused
 
 
