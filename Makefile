@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck bench clean
+.PHONY: help demo test fuzz lint format typecheck bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(INSTALLED)  ## Train RepViT on handwritten digits, fuse its checkpoint, 
 
 test: $(INSTALLED)  ## Run every test
 	$(BIN)/python -m pytest -n 2
+
+fuzz: $(INSTALLED)  ## Compile 5,000 random networks (hours; FUZZ=n for another number)
+	REPARAM_FUZZ=$(or $(FUZZ),5000) $(BIN)/python -m pytest tests/reparam/test_random_networks.py -k test_random_network
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -29,6 +29,9 @@ class NormBeforeLinear(Rule):
         readers = [reader for reader, _ in walk.changes]
         if walk.through and graph.may_change_between(source, node, max(readers)):
             return Missed(f"{describe(source)} may be changed in place before it is read")
+        obstacle = graph.relies_on_layout(node) if walk.through else None
+        if obstacle is not None:
+            return Missed(obstacle)
         message = f"folded {describe(node)} into {' and '.join(map(describe, readers))}"
         if not walk.through:
             return Rewrite(tuple(walk.changes), message)

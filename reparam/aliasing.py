@@ -52,13 +52,19 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
     frozen: list[Node] = []
     # A layer that is called twice is in place in both calls, also once the first has been made safe.
     writes = {node for node in graph.nodes if is_in_place(node, modules)}
+    live = _live(graph, modules, writes)
     for node in graph.nodes:
         # Asked for only now: an earlier write may have put its own result in the place of what this one changes.
         changed = _changed(node) if node in writes else None
         if changed is not None:
             neighbours = {other for base in memory[changed] for other in residents[base]}
             same = _same_tensor(changed, modules)
-            later = [reader for other in neighbours - same for reader in other.users if order[reader] > order[node]]
+            later = [
+                reader
+                for other in neighbours - same
+                for reader in other.users
+                if reader in live and order[reader] > order[node]
+            ]
             if not later and not _converts(node) and _take_out_of_place(node, modules):
                 node.meta["in_place"] = True
                 settled.add(node)
@@ -99,6 +105,16 @@ def inputs_in_outputs(graph: Graph, modules: Mapping[str, nn.Module]) -> set[str
     homes = memory(graph, modules)
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     return {str(base.target) for base in homes[output] if base.op == "placeholder"}
+
+
+def _live(graph: Graph, modules: Mapping[str, nn.Module], writes: set[Node]) -> set[Node]:
+    """Nodes that the output depends on, or that may do more than return a value."""
+    live: set[Node] = set()
+    for node in reversed(graph.nodes):
+        pure = node.op in ("call_function", "call_method", "get_attr") and node not in writes and not node.is_impure()
+        if not pure or not live.isdisjoint(node.users):
+            live.add(node)
+    return live
 
 
 def _keep_in_place(frozen: Iterable[Node], modules: MutableMapping[str, nn.Module]) -> None:

@@ -8,6 +8,7 @@ tracing, these calls look at their arguments first, and are recorded when there 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,8 @@ def meeting_activations(record: Record) -> Iterator[None]:
     Args:
         record: Makes a node of the graph, as ``torch.fx.Tracer.create_proxy`` does.
     """
+    # torch looks its own functions up once, and must not find ours.
+    torch.overrides.get_overridable_functions()
     with ExitStack() as stack:
         for name in _METHODS:
             asking = _asking(record, "call_method", name, getattr(Tensor, name))
@@ -54,6 +57,7 @@ def meeting_activations(record: Record) -> Iterator[None]:
 def _asking(record: Record, kind: str, target: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, unless there is an activation among its arguments that torch would not notice."""
 
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if has_activation(args) or has_activation(kwargs):
             return record(kind, target, args, kwargs)

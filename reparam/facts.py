@@ -65,7 +65,8 @@ _INTEGERS = frozenset(
 CONVERSIONS = frozenset("bfloat16 double float half to type type_as".split())
 # Methods of a tensor that return one, beside those above.
 _TENSOR_METHODS = frozenset(
-    """amax amin bmm expand expand_as flatten matmul mean movedim narrow permute repeat reshape squeeze std sum
+    """amax amin bmm expand expand_as
+    flatten matmul mean movedim narrow permute repeat reshape reshape_as squeeze std sum
     unflatten unsqueeze var view view_as""".split()
 )
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -76,9 +77,15 @@ _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad 
 
 
 def target_name(node: Node) -> str:
-    """Name of what a function or method node calls, without module or trailing underscore."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.rstrip("_")
+    """Name of what a function or method node calls, without module or trailing underscore.
+
+    Empty for a function that is neither torch's nor Python's: its name says nothing about what it computes.
+    """
+    if isinstance(node.target, str):
+        return node.target.rstrip("_")
+    owner = getattr(node.target, "__module__", None) or "torch"
+    known = owner.partition(".")[0] in ("torch", "_operator", "operator", "builtins", "math")
+    return str(getattr(node.target, "__name__", "")).rstrip("_") if known else ""
 
 
 def reads_only_metadata(node: Node) -> bool:
@@ -176,6 +183,15 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
             return len(shape) if len(shape) > 1 or (shape and isinstance(shape[0], int)) else None
         case "expand" | "repeat" | "tile" if all(type(size) is int or isinstance(size, Node) for size in node.args[1:]):
             return len(node.args) - 1 if name != "tile" and len(node.args) > 2 else None
+        case "reshape_as" | "view_as" | "expand_as" if len(node.args) > 1 and isinstance(node.args[1], Node):
+            return node.args[1].meta.get("rank")
+        case "matmul" | "bmm" | "baddbmm":
+            ranks = [source.meta.get("rank") for source in node.all_input_nodes]
+            return None if None in ranks or min(ranks) < 2 else max(ranks)
+        case "scaled_dot_product_attention":
+            return known
+        case "unflatten" if known is not None and isinstance(arguments.get(2, "sizes", None), (tuple, list)):
+            return known + len(arguments.get(2, "sizes", ())) - 1
         case "permute":
             return known
         case "unsqueeze":
@@ -183,7 +199,8 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
         case "cat" | "concat" | "stack":
             items = first if isinstance(first, (tuple, list)) else ()
             ranks = [item.meta.get("rank") for item in items if isinstance(item, Node)]
-            return None if not ranks or ranks[0] is None else ranks[0] + (name == "stack")
+            alike = next((own for own in ranks if own is not None), None)
+            return None if alike is None else alike + (name == "stack")
         case "getitem":
             return _indexed(node, known)
     return None

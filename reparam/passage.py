@@ -76,7 +76,7 @@ def _backward(graph: Graph, norm: Node, node: Node, reader: Node, affine: Channe
         raise AlgebraError(f"{describe(node)} has {len(readers)} readers")
     operator = graph.op(node)
     reason = f"{describe(node)} is not linear"
-    if not isinstance(operator, (AnyConv, ChannelAffine)):
+    if not isinstance(operator, (AnyConv, ChannelAffine)) or _is_view(node):
         try:
             parts = _parts_backward(graph, node, affine)
             if parts is not None:
@@ -92,10 +92,15 @@ def _backward(graph: Graph, norm: Node, node: Node, reader: Node, affine: Channe
                 return
         except AlgebraError as error:
             reason = str(error)
-    if not isinstance(operator, (AnyConv, ChannelAffine, AveragePool)) or _is_no_op(operator):
+    if not isinstance(operator, (AnyConv, ChannelAffine, AveragePool)) or _is_no_op(operator) or _is_view(node):
         raise AlgebraError(reason)
     fused = compose(affine, operator)
     walk.changes.append((node, Apply(fused, graph.source(node), ((1.0, node),), also=(norm,))))
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node is a slice, which launches no kernel whatever it is lifted as."""
+    return facts.target_name(node) == "getitem"
 
 
 Parts = Sequence[tuple[Node, ChannelAffine]]
@@ -254,7 +259,7 @@ def _forward(graph: Graph, norm: Node, node: Node, affine: ChannelAffine, walk: 
 def _into(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAffine, walk: Walk) -> None:
     """Let one reader take the affine in, or pass it on."""
     operator = graph.op(reader)
-    if isinstance(operator, AnyConv):
+    if isinstance(operator, AnyConv) and not _is_view(reader):
         try:
             fused = operator.after(affine)
         except AlgebraError as reason:

@@ -22,7 +22,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from reparam import aliasing, facts, measure
+from reparam import aliasing, facts, measure, views
 from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.capture import carries_hooks
 from reparam.emit import kernels_of
@@ -170,6 +170,16 @@ class Graph:
         """
         return any(self.is_opaque(node) for node in self.fx.nodes if first < node < last)
 
+    def relies_on_layout(self, norm: Node) -> str | None:
+        """Why the values behind a norm must lie in memory as the norm puts them, or None when they need not.
+
+        A view is as good as a reshape, except where somebody writes to the memory that it shares.
+        """
+        views = self._views_after(norm)
+        opaque = any(self.is_opaque(node) for node in self.fx.nodes if views and views[0] < node)
+        written = opaque or any("frozen" in view.meta for view in views)
+        return f"the memory that {describe(views[0])} shares may be written to" if written else None
+
     def is_opaque(self, node: Node) -> bool:
         """Whether a node calls Python that was not traced, and of which nothing else is known."""
         if node.op != "call_module" or "operator" in node.meta:
@@ -281,7 +291,7 @@ class Graph:
         new: list[Node] = []
         placed: dict[Node, Node] = {}
         if rewrite.through:
-            self._free_layouts()
+            self._free_layouts(min(node for node, _ in rewrite.values))
         for node, value in rewrite.values:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
@@ -299,11 +309,13 @@ class Graph:
             placed[node] = result
         return new, self._erase(list(placed))
 
-    def _free_layouts(self) -> None:
-        """Let no view rely on how its input lies in memory: a norm made new memory of a permuted value, and goes."""
-        for node in self.fx.nodes:
-            if node.op == "call_method" and node.target in ("view", "view_as") and "frozen" not in node.meta:
-                node.target = str(node.target).replace("view", "reshape")
+    def _free_layouts(self, first: Node) -> None:
+        """Let no later view rely on how its input lies in memory: the norm that laid it out goes."""
+        for view in self._views_after(first):
+            view.target = str(view.target).replace("view", "reshape")
+
+    def _views_after(self, node: Node) -> list[Node]:
+        return [n for n in self.fx.nodes if node < n and n.op == "call_method" and n.target in ("view", "view_as")]
 
     def _twins(self, node: Node, value: Expression) -> dict[Node, Operator | None]:
         """For every absorbed node whose shape is read, the operator with a result of that shape; None: its source."""
@@ -566,11 +578,18 @@ def _remaining(change: Rewrite) -> list[Node]:
 
 
 def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
-    """Nodes whose matches may have changed: the new ones, what they read, and who reads them or their sums."""
+    """Nodes whose matches may have changed: the new ones, what they read, and who reads them.
+
+    Sums, views and concatenations on the way are looked through, as norms move through them.
+    """
     found: dict[Node, None] = {}
     for node in nodes:
         found[node] = None
-        for source in node.all_input_nodes:
+        pending = node.all_input_nodes
+        while pending:
+            source = pending.pop()
+            if source not in found and views.axes(source) is not None and len(source.users) == 1:
+                pending.extend(source.all_input_nodes)
             found[source] = None
         pending = list(node.users)
         while pending:
@@ -578,6 +597,11 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
             if reader in found:
                 continue
             found[reader] = None
-            if isinstance(graph.op(reader), Sum) and len(reader.users) == 1:
+            if len(reader.users) == 1 and _lets_pass(graph, reader):
                 pending.extend(reader.users)
     return sorted(found)
+
+
+def _lets_pass(graph: Graph, node: Node) -> bool:
+    concatenates = facts.target_name(node) in ("cat", "concat", "concatenate")
+    return concatenates or views.axes(node) is not None or isinstance(graph.op(node), Sum)

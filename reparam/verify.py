@@ -148,7 +148,10 @@ def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str)
         for pair in ([(coefficient, term)] if isinstance(term, Node) else [(coefficient * c, t) for c, t in term.terms])
     ]
     generator = _generator()
-    shape = (2, 3, 4, 5, 6)[: node.meta.get("rank") or 4]
+    operator = graph.op(node)
+    # torch reflects and replicates the last axes of batches only.
+    usual = len(operator.padding) + 2 if isinstance(operator, Pad) else 4
+    shape = (2, 3, 4, 5, 6)[: node.meta.get("rank") or usual]
     env: dict[Node, Any] = {}
     for _, leaf in leaves:
         env.setdefault(leaf, torch.randn(shape, dtype=torch.float64, generator=generator))

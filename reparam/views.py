@@ -270,14 +270,18 @@ def _squeeze(node: Node, source: Node, rank: int, dims: Any) -> Axes | None:
 
 
 def _is_one(node: Node, axis: int) -> bool:
-    """Whether the size of an axis is one for every input: it was reduced, or added."""
-    name, arguments, rank = facts.target_name(node), facts.Arguments(node), node.meta["rank"]
-    if node.op in ("call_function", "call_method"):
-        if name in _REDUCTIONS and arguments.get(2, "keepdim", False) is True:
-            return axis in _positions(arguments.get(1, "dim", None), rank)
-        if name.startswith("adaptive_avg_pool"):
-            return axis >= 2 and arguments.get(1, "output_size", None) in (1, (1,), (1, 1), (1, 1, 1))
-    return size(node, axis) == 1
+    """Whether the size of an axis is one for every input: it was reduced before."""
+    found = size(node, axis)
+    if not isinstance(found, tuple):
+        return found == 1
+    made, axis = found
+    name, arguments, rank = facts.target_name(made), facts.Arguments(made), made.meta.get("rank")
+    if rank is None or made.op not in ("call_function", "call_method"):
+        return False
+    if name in _REDUCTIONS and arguments.get(2, "keepdim", False) is True:
+        return axis in _positions(arguments.get(1, "dim", None), rank)
+    pools = name.startswith("adaptive_avg_pool") and rank == _POOL_FUNCTIONS[name] + 2
+    return pools and axis >= 2 and arguments.get(1, "output_size", None) in (1, (1,), (1, 1), (1, 1, 1))
 
 
 def _index(source: Node, rank: int, index: Any) -> Axes | None:

@@ -30,6 +30,11 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MAX_POOL_LAYER = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+ADAPTIVE = {
+    "mean": {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d},
+    "max": {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d},
+}
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 F_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -132,6 +137,17 @@ class Block(nn.Module):
         return x + self.gamma * self.inner(x)
 
 
+class ChannelsLast(nn.Module):
+    """Brings the channels to the end, and back."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.movedim(1, -1)).movedim(-1, 1)
+
+
 def one_and_a_half(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A forward hook that changes the output."""
     return output * 1.5
@@ -146,7 +162,7 @@ class Step:
 
     Attributes:
         kind: A key of :data:`LAYERS` or :data:`FUNCTIONS`.
-        reads: Indices of the values that it reads; value 0 is the input, value ``i + 1`` the output of step ``i``.
+        reads: Indices of the values that it reads: the inputs first, then the output of every step.
         options: What the operation takes.
     """
 
@@ -197,6 +213,13 @@ LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "average_pool": lambda o: POOL[len(o["kernel"])](
         o["kernel"], o["stride"], o["padding"], count_include_pad=o["include"]
     ),
+    "max_pool_layer": lambda o: MAX_POOL_LAYER[o["dimensions"]](3, 1, 1),
+    "adaptive_layer": lambda o: ADAPTIVE[o["how"]][o["dimensions"]](o["size"]),
+    "flatten_layer": lambda o: nn.Flatten(o["start"]),
+    "upsample": lambda o: nn.Upsample(scale_factor=2, mode="nearest"),
+    "pad_layer": lambda o: nn.ConstantPad2d(o["amounts"], o["value"]),
+    "nested": lambda o: nn.Sequential(_conv_norm(o), nn.Sequential(nn.Dropout(), NORM[len(o["kernel"])](o["out"]))),
+    "channels_last": lambda o: ChannelsLast(nn.Linear(o["channels"], o["out"], o["bias"])),
     "opaque": lambda o: DataDependent(o.get("in_place", False)),
     "hooked": _hooked,
 }  # fmt: skip
@@ -267,6 +290,26 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "view": lambda o, p, x: x.view(x.size(0), x.size(1), -1),
     "pool_flatten": lambda o, p, x: x.mean(o["axes"]),
     "transpose": lambda o, p, x: x.transpose(1, -1),
+    "permute": lambda o, p, x: x.permute(o["order"]),
+    "tokens": lambda o, p, x: x.flatten(2).transpose(1, 2),
+    "reduce": lambda o, p, x: getattr(x, o["how"])(o["axes"], keepdim=o["keep"]),
+    "adaptive": lambda o, p, x: (F.adaptive_avg_pool1d if x.dim() == 3 else F.adaptive_avg_pool2d)(x, o["size"]),
+    "interpolate": lambda o, p, x: F.interpolate(x, scale_factor=2, mode=o["mode"]),
+    "pooled_flatten": lambda o, p, x: (F.adaptive_avg_pool1d if x.dim() == 3 else F.adaptive_max_pool2d)(x, 2).flatten(
+        1
+    ),
+    "and_back": lambda o, p, x: x.flatten(o["start"]).reshape(x.shape),
+    "like": lambda o, p, x: x.flatten(1).view_as(x),
+    "sizes": lambda o, p, x: x.reshape(x.shape[0], x.shape[1], -1),
+    "channels_known": lambda o, p, x: x.reshape(-1, o["channels"], *([1] * o["more"])),
+    "shuffle": lambda o, p, x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+    "split_and_back": lambda o, p, x: x.unflatten(1, (-1, 1)).flatten(1, 2),
+    "added_axis": lambda o, p, x: x.unsqueeze(o["axis"]),
+    "squeeze": lambda o, p, x: x.squeeze(o["axis"]),
+    "crop": lambda o, p, x: x[..., 1:-1],
+    "some": lambda o, p, x: x[:, :, :2],
+    "first": lambda o, p, x: x[:, :, 0],
+    "beside": lambda o, p, *xs: torch.cat(xs, o["axis"]),
     "detach": lambda o, p, x: x.detach(),
     "clone": lambda o, p, x: x.clone(),
 }  # fmt: skip
@@ -283,7 +326,11 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self, channels: int, steps: Sequence[Step] = (), outputs: Sequence[int] = (-1,), structure: str = "tensor"
+        self,
+        channels: int,
+        steps: Sequence[Step] = (),
+        outputs: Sequence[int] = (-1,),
+        structure: str = "tensor",
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -337,7 +384,9 @@ class Network(nn.Module):
         return layer(*xs)
 
     def forward(self, x: Tensor) -> Any:
-        values = [x]
+        return self._run([x])
+
+    def _run(self, values: list[Tensor]) -> Any:
         for index in range(len(self.steps)):
             values.append(self.execute(index, values))
         outputs = [values[i] for i in self.outputs]
@@ -352,7 +401,14 @@ class Network(nn.Module):
 
     def __repr__(self) -> str:
         steps = "".join(f"\n    {step!r}," for step in self.steps)
-        return f"Network({self.channels}, [{steps}\n], {self.outputs}, {self.structure!r})"
+        return f"{type(self).__name__}({self.channels}, [{steps}\n], {self.outputs}, {self.structure!r})"
+
+
+class TwoInputs(Network):
+    """A program over two inputs, which are values 0 and 1."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return self._run([x, y])
 
 
 # Drawing them.
@@ -442,11 +498,13 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
         "over_size",
     ]
     choices += ["again", "again"] * bool(owners)
-    choices += ["concat", "part", "product"]
+    choices += ["concat", "part", "product", "broadcast", "broadcast", "reduce", "beside"]
+    choices += ["view", "view", "view"]
     if dimensions >= 1:
         choices += ["conv", "conv", "conv", "conv_norm", "branches", "branches", "block", "pool", "pad", "gate", "head"]
         choices += ["norm_conv", "reshape", "transposed", "transposed"]
-    if dimensions <= 1:
+        choices += ["pool", "channels_last", "nested", "resize"]
+    if dimensions <= 1 or all(s[-1] == shape[-1] for s in shapes[reads]):
         choices += ["linear"] * 3
     match draw(st.sampled_from(choices)):
         case "sum":
@@ -498,7 +556,42 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
             return Step("block", (reads,), draw(conv_options(dimensions, channels, keep=True)))
         case "branches":
             return Step("branches", (reads,), draw(branch_options(dimensions, channels)))
+        case "channels_last":
+            options = {"channels": channels, "out": draw(st.integers(1, 4)), "bias": draw(st.booleans())}
+            return Step("channels_last", (reads,), options)
+        case "nested":
+            return Step("nested", (reads,), draw(conv_options(dimensions, channels)))
+        case "resize":
+            if math.prod(shape[2:]) > 100 or draw(st.booleans()):
+                size = draw(st.sampled_from((1, 1, 2)))
+                how = draw(st.sampled_from(("mean", "max", "function", "flatten")))
+                if how == "function":
+                    return Step("adaptive", (reads,), {"size": size})
+                if how == "flatten":
+                    return Step("pooled_flatten", (reads,))
+                return Step("adaptive_layer", (reads,), {"how": how, "dimensions": dimensions, "size": size})
+            if draw(st.booleans()):
+                return Step("upsample", (reads,))
+            modes = ("nearest", "linear" if dimensions == 1 else "bilinear")
+            return Step("interpolate", (reads,), {"mode": draw(st.sampled_from(modes))})
+        case "reduce":
+            axes = draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, max_size=2, unique=True))
+            how = draw(st.sampled_from(("mean", "mean", "amax", "amin")))
+            return Step("reduce", (reads,), {"how": how, "axes": axes, "keep": draw(st.booleans())})
+        case "broadcast":
+            fitting = [i for i, sizes in enumerate(shapes) if _broadcasts(sizes, shapes[reads])]
+            terms = draw(st.permutations([reads, draw(st.sampled_from(fitting))]))
+            return Step("sum", tuple(terms), {"how": draw(st.sampled_from(("sum", "add", "sub", "alpha", "scaled")))})
+        case "beside":
+            axis = draw(st.integers(-len(shape), len(shape) - 1))
+            fitting = [i for i, sizes in enumerate(shapes) if _fit_beside(sizes, shapes[reads], axis)]
+            others = draw(st.lists(st.sampled_from(fitting), max_size=2))
+            return Step("beside", (reads, *others), {"axis": axis})
+        case "view":
+            return draw(views_of(reads, shape))
         case "pool":
+            if draw(st.integers(0, 5)) == 0:
+                return Step("max_pool_layer", (reads,), {"dimensions": draw(st.sampled_from((dimensions, 2)))})
             if draw(st.booleans()):
                 return Step("max_pool", (reads,), {"dimensions": dimensions})
             kernel = draw(st.sampled_from((2, 3)))
@@ -527,6 +620,51 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
     raise AssertionError
 
 
+@st.composite
+def views_of(draw: st.DrawFn, reads: int, shape: torch.Size) -> Step:
+    """A view, a permutation or a slice of a value."""
+    rank, channels = len(shape), shape[1]
+    axis = draw(st.integers(1, rank - 1))
+    simple = [
+        "and_back",
+        "like",
+        "sizes",
+        "shuffle",
+        "split_and_back",
+        "crop",
+        "flatten_layer",
+        "permute",
+        "added_axis",
+    ]
+    simple += ["squeeze", "channels_known"] + ["tokens", "some", "first"] * (rank > 2)
+    kind = draw(st.sampled_from(simple))
+    options: dict[str, dict[str, Any]] = {
+        "and_back": {"start": axis},
+        "flatten_layer": {"start": axis},
+        "permute": {"order": (0, *draw(st.permutations(range(1, rank))))},
+        "added_axis": {"axis": draw(st.sampled_from((1, 2, -1)))},
+        "squeeze": {"axis": axis},
+        "channels_known": {"channels": channels, "more": draw(st.integers(0, 2))},
+    }
+    return Step(kind, (reads,), options.get(kind, {}))
+
+
+def _broadcasts(sizes: Sequence[torch.Size], others: Sequence[torch.Size]) -> bool:
+    """Whether shapes broadcast to others."""
+    try:
+        return [torch.broadcast_shapes(a, b) for a, b in zip(sizes, others, strict=True)] == list(others)
+    except RuntimeError:
+        return False
+
+
+def _fit_beside(sizes: Sequence[torch.Size], others: Sequence[torch.Size], axis: int) -> bool:
+    """Whether values of these shapes can be concatenated along an axis."""
+    if any(len(a) != len(b) for a, b in zip(sizes, others, strict=True)):
+        return False
+    axis %= len(others[0])
+    return all(a[i] == b[i] for a, b in zip(sizes, others, strict=True) for i in range(len(a)) if i != axis)
+
+
 def _around(shape: torch.Size) -> tuple[int, ...]:
     """A shape without its channels."""
     return (shape[0], *shape[2:])
@@ -538,12 +676,16 @@ def inputs_for(channels: int, dimensions: int) -> list[Tensor]:
 
 
 @st.composite
-def networks(draw: st.DrawFn, length: int = 9) -> tuple[Network, list[Tensor]]:
-    """A network and inputs of two sizes for it."""
+def networks(draw: st.DrawFn, length: int = 9) -> tuple[Network, list[tuple[Tensor, ...]]]:
+    """A network and inputs of two sizes for it, a second input of which may be broadcast."""
     dimensions = draw(st.integers(1, 2))
-    network = Network(draw(st.sampled_from((1, 2, 4))))
-    inputs = inputs_for(network.channels, dimensions)
-    runs = [[x.clone()] for x in inputs]
+    kind = draw(st.sampled_from((Network, Network, TwoInputs)))
+    network = kind(draw(st.sampled_from((1, 2, 4))))
+    firsts = inputs_for(network.channels, dimensions)
+    inputs = [(x,) if kind is Network else (x, 1 - x.flip(0)) for x in firsts]
+    if kind is TwoInputs and draw(st.booleans()):
+        inputs[1] = (firsts[1], inputs[1][1][:1])
+    runs = [[x.clone() for x in values] for values in inputs]
     for _ in range(draw(st.integers(1, length))):
         owners = [i for i, step in enumerate(network.steps) if step.kind in LAYERS and step.kind not in NOT_SHARED]
         shapes = [[values[i].shape for values in runs] for i in range(len(runs[0]))]
@@ -562,7 +704,7 @@ def networks(draw: st.DrawFn, length: int = 9) -> tuple[Network, list[Tensor]]:
         with torch.no_grad():
             for values in runs:
                 values.append(network.execute(len(network.steps) - 1, values))
-    last = len(network.steps)
+    last = len(runs[0]) - 1
     others = draw(st.lists(st.integers(0, last), max_size=2))
     network.outputs = (last, *others)
     network.structure = draw(st.sampled_from(("tensor", "tuple", "list", "dict")))

@@ -1,19 +1,27 @@
-"""Whole random networks, compiled: the same function, no more kernels, and nothing else touched."""
+"""Whole random networks, compiled: the same function, no more kernels, and nothing else touched.
+
+What they found is kept below by name, as the programs that Hypothesis shrank it to.
+"""
 
 from __future__ import annotations
 
 import copy
+import os
 import warnings
+from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Network, Step, assert_same, inputs_for, largest_error, networks, run
+from networks import TOLERANCE, Network, Step, assert_same, inputs_for, largest_error, networks, run
 from torch import Tensor, nn
 
 import reparam
 from reparam.report import Counts
+
+# ``REPARAM_FUZZ=5000 pytest tests/reparam/test_random_networks.py`` (or ``make fuzz``) is a long run.
+NETWORKS = int(os.environ.get("REPARAM_FUZZ", "200"))
 
 warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
 
@@ -40,16 +48,22 @@ def kernels(counts: Counts) -> tuple[int, ...]:
     return (counts.convolutions, counts.linears, counts.norms, counts.elementwise, counts.kernels, counts.parameters)
 
 
-def check(network: nn.Module, inputs: list[Tensor], with_example: bool = False, training: bool = False) -> None:
+def check(
+    network: nn.Module,
+    inputs: Sequence[Tensor | tuple[Tensor, ...]],
+    with_example: bool = False,
+    training: bool = False,
+) -> None:
     """Compile a network and compare everything that can be compared."""
-    example = inputs[0] if with_example else None
+    calls = [x if isinstance(x, tuple) else (x,) for x in inputs]
+    example = calls[0] if with_example else None
     network.train(training)
     before = snapshot(network)
     compiled = reparam.compile(network, example, verify=False)
     assert same_snapshot(before, snapshot(network)), "the argument was changed"
     network.eval()
-    for x in inputs:
-        assert_same(network, compiled, x)
+    for x in calls:
+        assert_same(network, compiled, *x)
     report = compiled.report
     assert report.after.kernels <= report.before.kernels
     assert report.after.convolutions <= report.before.convolutions
@@ -57,19 +71,27 @@ def check(network: nn.Module, inputs: list[Tensor], with_example: bool = False, 
     assert not any(parameter.requires_grad for parameter in compiled.parameters())
 
     certified = reparam.compile(network, example)
-    assert certified.report.certificates == len(certified.report.fused) == len(report.fused)
-    a, b = compiled.state_dict(), certified.state_dict()
-    assert list(a) == list(b)
-    assert all(torch.equal(a[name], b[name]) for name in a), "two compilations differ"
+    assert certified.report.certificates == len(certified.report.fused)
+    for x in calls:
+        assert_same(network, certified, *x)
+    # A rewrite through operations whose shapes nothing shows cannot be certified, and is not made then.
+    if with_example or len(certified.report.fused) == len(report.fused):
+        a, b = compiled.state_dict(), certified.state_dict()
+        assert list(a) == list(b)
+        assert all(torch.equal(a[name], b[name]) for name in a), "two compilations differ"
 
     again = reparam.compile(compiled, example, verify=False)
-    assert kernels(again.report.after) == kernels(report.after)
-    for x in inputs:
-        assert largest_error(run(compiled, x), run(again, x)) == 0.0, "compiling twice changes numbers"
+    # A merged layer may show a rank that nothing showed before, unless an example did.
+    assert kernels(again.report.after) == kernels(report.after) or not with_example
+    assert again.report.after.kernels <= report.after.kernels
+    for x in calls:
+        error = largest_error(run(compiled, *x), run(again, *x))
+        assert error <= (TOLERANCE if again.report.fused else 0.0), "compiling twice changes numbers"
 
 
+@settings(max_examples=NETWORKS)
 @given(networks(), st.booleans(), st.booleans())
-def test_random_network(drawn: tuple[Network, list[Tensor]], with_example: bool, training: bool) -> None:
+def test_random_network(drawn: tuple[Network, list[tuple[Tensor, ...]]], with_example: bool, training: bool) -> None:
     network, inputs = drawn
     check(network, inputs, with_example, training)
 
@@ -130,6 +152,28 @@ REGRESSIONS: dict[str, tuple[int, Network]] = {
         Step("over_size", (3,)),
         Step("neg", (4,)),
         Step("number", (5,), {"how": "mul", "number": 0.3}),
+    ])),
+    # The certificate of a padding of unknown rank padded three axes as if they were four.
+    "reflection by nothing": (1, Network(4, [
+        Step("relu", (0,)),
+        Step("pad", (1,), {"amounts": [0, 0], "mode": "reflect", "value": 0.0}),
+    ])),
+    # A reader that nobody reads froze the memory of a slice, until the second compilation.
+    "unused reader of memory that is written to": (1, Network(1, [
+        Step("some", (0,)),
+        Step("relu_function", (1,), {"in_place": True}),
+        Step("constant", (0,), {"how": "sub", "shape": (1,)}),
+        Step("sum", (1, 1), {"how": "scaled"}),
+    ])),
+    # Merged branches did not call back the norm behind the view that reads them.
+    "norm behind a view of branches": (2, Network(1, [
+        Step("branches", (0,), {"how": "stack", "branches": [
+            ("identity", {}),
+            ("identity", {}),
+            ("norm_conv", {"channels": 1, "out": 1, "kernel": (3, 3), "padding": (1, 1), "padding_mode": "reflect"}),
+        ]}),
+        Step("interpolate", (1,), {"mode": "nearest"}),
+        Step("norm_conv", (2,), {"channels": 1, "out": 3, "kernel": (3, 1), "padding": (2, 1)}),
     ])),
 }  # fmt: skip
 
