@@ -289,12 +289,14 @@ class Graph:
     def _apply(self, rewrite: Rewrite) -> tuple[list[Node], list[Node]]:
         """Perform a rewrite; returns the nodes that came and those that went."""
         new: list[Node] = []
-        dead: list[Node] = []
+        placed: dict[Node, Node] = {}
         if rewrite.through:
             self._free_layouts(min(node for node, _ in rewrite.values))
         for node, value in rewrite.values:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
+            # What takes a place may be a node that is itself replaced: all are, at once.
+            result = placed.get(result, result)
             new += made
             for absorbed, fused in twins.items():
                 twin = next((new for new in made if new.target is fused), None) or self._surviving(absorbed, twins)
@@ -304,8 +306,8 @@ class Graph:
             # A sum names its terms, which have just changed.
             for reader in result.users:
                 self._lifted.pop(reader, None)
-            dead.append(node)
-        return new, self._erase(dead)
+            placed[node] = result
+        return new, self._erase(list(placed))
 
     def _free_layouts(self, first: Node) -> None:
         """Let no later view rely on how its input lies in memory: the norm that laid it out goes."""

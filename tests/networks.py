@@ -96,6 +96,15 @@ def assert_same(module: nn.Module, compiled: nn.Module, *inputs: Tensor) -> None
     assert largest_error(run(module, *inputs), run(compiled, *inputs)) <= TOLERANCE
 
 
+def assert_left(module: nn.Module, rules: Sequence[reparam.Rule], why: Sequence[str], *inputs: Tensor) -> None:
+    """The rules change nothing, the whole compiler gives these reasons, and its result computes the same."""
+    before, after = rewritten(module, rules)
+    assert before == after
+    compiled = reparam.compile(module)
+    assert reasons(compiled) == list(why)
+    assert_same(module, compiled, *inputs)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers in float64."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

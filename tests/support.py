@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +32,19 @@ def declare_torchvision_ops() -> None:
     for name in sorted(names):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor x) -> Tensor")
+
+
+class Net(nn.Module):
+    """A forward, and the layers that it calls."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: Any) -> None:
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self, x)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same, image, layers, model, reasons, rewritten
+from networks import assert_left, assert_same, image, layers, model, rewritten
 from strategies import MODES
 from torch import nn
 
@@ -88,11 +88,7 @@ def test_symmetric_zeros_always_go(data, dimensions, amount):
 
 
 def check_left(net: nn.Module, reason: str) -> None:
-    before, after = rewritten(net, RULES)
-    assert before == after
-    compiled = reparam.compile(net)
-    assert reasons(compiled) == [reason]
-    assert_same(net, compiled, image(3, 2))
+    assert_left(net, RULES, [reason], image(3, 2))
 
 
 def test_padding_with_ones_is_left():

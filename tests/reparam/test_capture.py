@@ -11,17 +11,7 @@ from torch import Tensor, nn
 
 from reparam.capture import Capture, capture, private_copy, unchanged, unwrapped
 from reparam.errors import CaptureError
-
-
-class Net(nn.Module):
-    def __init__(self, forward: Any, **layers: Any) -> None:
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Any) -> Any:
-        return self.function(self, x)
+from support import Net
 
 
 def targets(captured: Capture) -> list[str]:

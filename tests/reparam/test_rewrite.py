@@ -47,6 +47,19 @@ class FoldWrongly(Rule):
         return Rewrite(((node, value),), "folded wrongly")
 
 
+class FoldTogether(Rule):
+    """Absorbs a norm into the convolution before it by replacing both nodes at once."""
+
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+        norm = graph.op(node)
+        source = graph.source(node) if isinstance(norm, ChannelAffine) else None
+        conv = graph.op(source) if source is not None else None
+        if not isinstance(conv, Conv):
+            return None
+        fused = Apply(conv.then(norm), graph.source(source), ((1.0, source),), also=(node,))
+        return Rewrite(((source, fused), (node, source)), "folded together", outputs=(node,))
+
+
 def conv_norm() -> nn.Module:
     block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
     return model(lambda s, x: s.stage(x), stage=nn.ModuleDict({"block": block})["block"])
@@ -227,6 +240,15 @@ def test_no_rules_change_nothing():
     compiled = reparam.compile(net, passes=[])
     assert compiled.report.fused == []
     assert compiled.report.after.kernels == compiled.report.before.kernels
+    assert_same(net, compiled, image(3, 2))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_all_values_are_put_in_place_at_once(verify):
+    """What takes the norm's place is the convolution, which is itself replaced."""
+    net = conv_norm()
+    compiled = reparam.compile(net, passes=[FoldTogether()], verify=verify)
+    assert compiled.report.after.norms == 0
     assert_same(net, compiled, image(3, 2))
 
 

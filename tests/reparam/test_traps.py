@@ -22,26 +22,13 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import reparam
 from reparam.verify import compare
-from support import randomise
+from support import Net, randomise
 
 SIZES = ((2, 3, 9, 7), (1, 3, 12, 5), (3, 3, 8, 8))
 
 
 def conv(inputs: int = 3, outputs: int = 3, size: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, **{"padding": size // 2} | options)
-
-
-class Net(nn.Module):
-    """A forward, and the layers that it calls."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: Any) -> None:
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Any) -> Any:
-        return self.function(self, x)
 
 
 class Untraceable(nn.Module):
