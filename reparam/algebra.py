@@ -1075,7 +1075,13 @@ def _check_sequence(outer: Conv, inner: Conv) -> None:
             raise AlgebraError(f"{outer.padding_mode} padding of a strided output")
     if outer.pads and outer.padding_mode == ZEROS and inner.bias is not None and bool(inner.bias.any()):
         raise AlgebraError("bias before zero padding")
-    if outer.pads and inner.pads and outer.padding_mode != inner.padding_mode:
+    # What the outer one crops of the inner one's padding, nobody reads.
+    reads_both = any(
+        before > 0 and before + s * crop > 0
+        for pads, crops, s in zip(inner.padding, outer.padding, inner.stride, strict=True)
+        for before, crop in zip(pads, crops, strict=True)
+    )
+    if outer.pads and reads_both and outer.padding_mode != inner.padding_mode:
         raise AlgebraError(f"{outer.padding_mode} padding of a {inner.padding_mode}-padded output")
 
 

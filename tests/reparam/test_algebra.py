@@ -941,7 +941,15 @@ def test_sum_that_is_no_sum_is_refused() -> None:
     pool, pad = AveragePool((1,), (1,), (0,)), Pad(((0, 0),))
     refuses_sum("no convolution among the terms", pool, pool)
     refuses_sum("no convolution among the terms", pool, ChannelAffine.uniform(1.0))
-    refuses_sum("a padding is not a term of a sum", pad, Conv(random_tensor((4, 4, 1), 0)))
+    refuses_sum("no convolution among the terms", pool, pad)
+
+
+def test_crops_and_paddings_are_terms_with_a_single_tap() -> None:
+    conv = Conv(random_tensor((4, 4, 3), 0))
+    check_sum([conv, Pad(((-1, -1),))])
+    check_sum([conv, Pad(((-2, 0),)), Pad(((1, -3),))])
+    refuses_sum("not of zeros", conv, Pad(((1, -3),), value=2.0))
+    refuses_sum("output sizes differ", conv, Pad(((-1, 0),)))
 
 
 def test_affines_along_different_axes_are_refused() -> None:
