@@ -8,7 +8,9 @@ tracing, these calls look at their arguments first, and are recorded when there 
 
 from __future__ import annotations
 
+import builtins
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +28,9 @@ _FUNCTIONS: list[tuple[Any, str]] = [
     *((torch, name) for name in _FACTORIES),
     *((torch, name) for name in "broadcast_to narrow reshape roll tile unflatten".split()),
     *((F, name) for name in "adaptive_avg_pool1d adaptive_avg_pool2d interpolate pad".split()),
+    # Arithmetic on sizes, such as that of TensorFlow's SAME padding.
+    *((math, name) for name in "ceil floor prod sqrt trunc".split()),
+    *((builtins, name) for name in ("max", "min")),
 ]
 FACTORIES = frozenset(_FACTORIES)
 
@@ -52,6 +57,11 @@ def meeting_activations(record: Record) -> Iterator[None]:
             function = getattr(owner, name)
             stack.enter_context(_replaced(owner, name, _asking(record, "call_function", function, function)))
         yield
+
+
+def is_python(function: Any) -> bool:
+    """Whether a function is one of Python's own, which makes numbers of numbers."""
+    return getattr(function, "__module__", None) in ("math", "builtins")
 
 
 def _asking(record: Record, kind: str, target: Any, function: Callable[..., Any]) -> Callable[..., Any]:

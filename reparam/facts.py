@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from reparam.constants import FACTORIES
+from reparam.constants import FACTORIES, is_python
 
 Kind: TypeAlias = Literal["tensor", "other", "unknown"]
 
@@ -133,6 +133,8 @@ def kind(node: Node, module: nn.Module | None = None) -> Kind:
         return "unknown" if "unknown" in inputs or not inputs else "other"
     if name in FACTORIES and node.op == "call_function":
         return "tensor"
+    if node.op == "call_function" and is_python(node.target) and "tensor" not in inputs:
+        return "other"
     makes_tensor = node.op == "call_function" or name in _TENSOR_METHODS
     return "tensor" if makes_tensor and "tensor" in inputs else "unknown"
 

@@ -588,7 +588,7 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
         pending = node.all_input_nodes
         while pending:
             source = pending.pop()
-            if source not in found and views.axes(source) is not None and len(source.users) == 1:
+            if source not in found and views.axes(source) is not None:
                 pending.extend(source.all_input_nodes)
             found[source] = None
         pending = list(node.users)
@@ -597,7 +597,8 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
             if reader in found:
                 continue
             found[reader] = None
-            if len(reader.users) == 1 and _lets_pass(graph, reader):
+            # A sum that is read several times is where a residual network goes on and on.
+            if views.axes(reader) is not None or (len(reader.users) == 1 and _lets_pass(graph, reader)):
                 pending.extend(reader.users)
     return sorted(found)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,3 +74,20 @@ def test_torch_is_left_as_it_was():
     reparam.compile(model(lambda s, x: s.linear(x), linear=nn.Linear(4, 3)))
     assert before == (Tensor.expand, Tensor.__getitem__, torch.zeros, F.interpolate)
     assert "expand" not in vars(Tensor)
+
+
+def test_sizes_that_python_rounds_stay_dynamic():
+    """TensorFlow's SAME padding, of which one side depends on the size."""
+
+    def forward(self, x):
+        amounts = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+            amounts += [total // 2, total - total // 2]
+        return self.norm(self.conv(F.pad(x, amounts)))
+
+    net = model(forward, conv=nn.Conv2d(3, 4, 3, stride=2), norm=nn.BatchNorm2d(4))
+    compiled = reparam.compile(net)
+    assert compiled.report.after.norms == 0
+    for size in ((8, 9), (7, 10)):
+        assert_same(net, compiled, normal(2, 3, *size))
