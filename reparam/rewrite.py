@@ -119,6 +119,8 @@ class Graph:
     fx: torch.fx.Graph
     modules: Mapping[str, nn.Module]
     _lifted: dict[Node, Operator | Sum | Refusal | None] = field(default_factory=dict)
+    _opaque: list[Node] | None = None
+    _free: bool = False
 
     # Questions that rules ask.
 
@@ -168,7 +170,9 @@ class Graph:
 
         What Python that was not traced changes may then be known under any name.
         """
-        return any(self.is_opaque(node) for node in self.fx.nodes if first < node < last)
+        if self._opaque is None:  # no rewrite makes any
+            self._opaque = [node for node in self.fx.nodes if self.is_opaque(node)]
+        return any(first < node < last for node in self._opaque if not node._erased)
 
     def is_opaque(self, node: Node) -> bool:
         """Whether a node calls Python that was not traced, and of which nothing else is known."""
@@ -299,6 +303,9 @@ class Graph:
 
     def _free_layouts(self) -> None:
         """Let no view rely on how its input lies in memory: a norm made new memory of a permuted value, and goes."""
+        if self._free:
+            return
+        self._free = True
         for node in self.fx.nodes:
             if node.op == "call_method" and node.target in ("view", "view_as") and "frozen" not in node.meta:
                 node.target = str(node.target).replace("view", "reshape")
