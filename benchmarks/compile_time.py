@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+import torch.fx
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ import reparam
 from common import Timing, console, measure, parser, reparameterize_model, training_model, write_json
 
 SHORT, LONG = 100, 3000  # blocks
+FEW, MANY = 1_000, 10_000  # nodes
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,43 @@ def chain(blocks: int) -> nn.Module:
     return nn.Sequential(*(Block(4) for _ in range(blocks))).eval()
 
 
+class Residual(nn.Module):
+    """What most convolutional networks are made of: five nodes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm, self.act = nn.BatchNorm2d(channels), nn.ReLU()
+        self.last = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.act(self.norm(self.conv(x))))
+
+
+class Viewed(nn.Module):
+    """Norms behind views, parallel chains, a concatenation and a sum: seventeen nodes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.left, self.right = nn.Conv2d(channels, half, 1), nn.Conv2d(channels, half, 1)
+        self.left_norm, self.right_norm = nn.BatchNorm2d(half), nn.BatchNorm2d(half)
+        self.tokens, self.act = nn.Linear(channels, channels), nn.GELU()
+        self.flat_norm, self.norm = nn.BatchNorm1d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.left_norm(self.left(x)), self.right_norm(self.right(x))], 1)
+        flat = self.flat_norm(both.flatten(2))
+        flat = self.tokens(flat.transpose(1, 2)).transpose(1, 2)
+        return self.act(self.norm(flat.reshape(x.shape)) + x + both)
+
+
+def network(block: type[nn.Module], nodes: int) -> nn.Module:
+    """As many blocks as have so many nodes."""
+    size = len(torch.fx.symbolic_trace(block(4)).graph.nodes) - 2
+    return nn.Sequential(*(block(4) for _ in range(nodes // size))).eval()
+
+
 def compile_unverified(model: nn.Module) -> nn.Module:
     return reparam.compile(model, verify=False)
 
@@ -74,6 +113,15 @@ def against_timm(name: str, bar: float, rounds: int) -> Result:
     times = measure(contestants, rounds, clock=time.process_time)
     ratio = times["reparam"].median / times["timm"].median
     return Result(name, times["reparam"], "timm", times["timm"], ratio, bar)
+
+
+def per_node(block: type[nn.Module], bar: float, rounds: int) -> Result:
+    """Compare the time of a large graph, per node, with that of a small one."""
+    networks = {str(nodes): partial(compile_unverified, network(block, nodes)) for nodes in (FEW, MANY)}
+    times = measure(networks, rounds, clock=time.process_time)
+    large, small = times[str(MANY)], times[str(FEW)]
+    ratio = (large.median / MANY) / (small.median / FEW)
+    return Result(f"{MANY} nodes ({block.__name__}), per node", large, f"{FEW} nodes", small, ratio, bar)
 
 
 def growth(bar: float, rounds: int) -> Result:
@@ -105,6 +153,8 @@ def main() -> None:
         "repvit_m2_3": partial(against_timm, "repvit_m2_3", 1.5, arguments.rounds),
         "repvgg_b3": partial(against_timm, "repvgg_b3", 1.0, arguments.rounds),
         "chains": partial(growth, 1.3, max(2, arguments.rounds // 2)),  # a long one takes a while
+        "residual blocks": partial(per_node, Residual, 1.5, max(2, arguments.rounds // 2)),
+        "views": partial(per_node, Viewed, 1.5, max(2, arguments.rounds // 2)),
     }
     results = []
     for name, compare in comparisons.items():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from reparam import facts
@@ -109,10 +110,17 @@ def inputs_in_outputs(graph: Graph, modules: Mapping[str, nn.Module]) -> set[str
 
 def _live(graph: Graph, modules: Mapping[str, nn.Module], writes: set[Node]) -> set[Node]:
     """Nodes that the output depends on, or that may do more than return a value."""
+    from reparam.capture import carries_hooks
+    from reparam.lift import is_leaf
+
     live: set[Node] = set()
     for node in reversed(graph.nodes):
-        pure = node.op in ("call_function", "call_method", "get_attr") and node not in writes and not node.is_impure()
-        if not pure or not live.isdisjoint(node.users):
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            pure = is_leaf(module) and not carries_hooks(module)
+        else:
+            pure = node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
+        if not pure or node in writes or not live.isdisjoint(node.users):
             live.add(node)
     return live
 
@@ -134,9 +142,19 @@ def written(node: Node, modules: Mapping[str, nn.Module]) -> Node | None:
 
 def _changed(node: Node) -> Node | None:
     """What an in-place node changes."""
+    if isinstance(node.target, OpOverload):
+        return next(iter(_arguments_written(node, node.target)), None)
     out = node.kwargs.get("out")
     changed = out if out is not None else node.args[0] if node.args else node.kwargs.get("input")
     return changed if isinstance(changed, Node) else None
+
+
+def _arguments_written(node: Node, operator: OpOverload) -> list[Node]:
+    """The values that an operator of torch's, or of a library's, says that it writes to."""
+    arguments = operator._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, node.args, strict=False)} | node.kwargs
+    names = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
+    return [value for name in names if isinstance(value := given.get(name), Node)]
 
 
 def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -148,6 +166,8 @@ def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
             name = str(node.target)
             return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         case "call_function":
+            if isinstance(node.target, OpOverload):
+                return bool(_arguments_written(node, node.target))
             if node.target in _OPERATORS:
                 # ``+=`` on sizes is plain arithmetic.
                 return node.args[0].meta.get("kind") != "other" if isinstance(node.args[0], Node) else False
@@ -192,6 +212,8 @@ def _take_out_of_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
             return False
         module.inplace = False  # type: ignore[assignment]
         return True
+    if isinstance(node.target, OpOverload):
+        return False
     if node.op == "call_method":
         twin: Any = str(node.target)[:-1]
         found = hasattr(torch.Tensor, twin)
@@ -219,6 +241,8 @@ def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         case "call_function" | "call_method":
             if is_in_place(node, modules) or node.target in (getattr, operator.getitem):
                 return not facts.reads_only_metadata(node)
+            if isinstance(node.target, OpOverload):
+                return any(result.alias_info is not None for result in node.target._schema.returns)
             return _schema_aliases(facts.target_name(node))
     return False
 

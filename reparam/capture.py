@@ -17,6 +17,7 @@ import copy
 import inspect
 import itertools
 import operator
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from torch.fx import Graph, Node
 from torch.fx.proxy import Attribute, Proxy, TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam import aliasing, facts
+from reparam import aliasing, aten, facts
 from reparam.constants import has_activation, meeting_activations
 from reparam.errors import CaptureError
 from reparam.report import Remark
@@ -165,7 +166,10 @@ def private_copy(model: nn.Module) -> nn.Module:
         for module in modules:
             if unwrapped(module) is not module:
                 memo[id(module)].wrap(module, copy.deepcopy(next(module.children()), memo))
-        result: nn.Module = copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            # torch's own tree specs, which exported programs carry, copy in a way that they call deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            result: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}); pass a model that copy.deepcopy copies"
@@ -641,6 +645,8 @@ class _Tracer(torch.fx.Tracer):
         if kind == "placeholder" and not target.startswith("*"):
             # torch.fx gives an argument that is fixed another name, under which nobody passes it.
             target = self.arguments.pop(0)
+        if kind == "call_function":
+            kind, target, args = _in_torch_words(target, args)
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta["scope"] = self.scope.module_path
         if fixed:
@@ -739,6 +745,15 @@ class _Tracer(torch.fx.Tracer):
             return m.forward(*args, **kwargs)
         with torch.fx.proxy.ScopeContextManager(self.scope, torch.fx.proxy.Scope(path, type(m))):
             return self.create_proxy("call_module", path, args, kwargs)
+
+
+def _in_torch_words(target: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """A call of an ATen operator as torch's own functions have it, as arguments of ``create_node``."""
+    positional, named, *rest = args
+    first = positional[0] if positional else None
+    rank = first.meta.get("rank") if isinstance(first, Node) else None
+    kind, target, positional, named = aten.said(target, positional, named, rank)
+    return kind, target, (positional, named, *rest)
 
 
 def _is_place(value: Any, constant: Tensor, dtypes: set[torch.dtype]) -> bool:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import pickle
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from reparam.errors import CheckpointError, ModelError, ReparamError
 
@@ -33,6 +36,9 @@ DEPLOY_FORMAT = "reparam"
 
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote before 1.6
+# What torch.export.save writes, and what it wrote before 2.8; and what any archive of PyTorch 2 holds.
+_PROGRAM = re.compile(r"[^/]+/models/model\.json|serialized_exported_program\.json")
+_ARCHIVE = re.compile(r"[^/]+/archive_format")
 _SHOWN = 3  # how many offending keys a message names
 
 
@@ -44,13 +50,14 @@ class Checkpoint:
         path: The file.
         state: Tensors by parameter name; wrappers and their prefixes are gone.
         origin: Keys that led to the weights, outermost first, such as ``("model_ema",)``.
-        module: The network itself when the file is a pickled ``nn.Module`` (only read when unpickling is allowed).
+        module: The network itself when the file is a pickled ``nn.Module`` or an exported program (only read when
+            unpickling is allowed).
     """
 
     path: Path
     state: dict[str, Tensor]
     origin: tuple[str, ...] = ()
-    module: nn.Module | None = None
+    module: nn.Module | ExportedProgram | None = None
 
 
 @dataclass(frozen=True)
@@ -58,25 +65,26 @@ class Network:
     """A training-time network that carries a checkpoint's weights.
 
     Attributes:
-        model: The network, in eval mode.
+        model: The network, in eval mode; or an exported program, which knows no modes.
         name: What it was recognised as, or what the caller called it.
         input_shape: Shape of one input without the batch axis, such as ``(3, 224, 224)``, or None when unknown.
     """
 
-    model: nn.Module
+    model: nn.Module | ExportedProgram
     name: str
     input_shape: tuple[int, ...] | None
 
 
 def read(path: str | Path, *, unsafe: bool = False, ema: bool = False) -> Checkpoint:
-    """Read the weights in a ``.pth``, ``.pt`` or ``.safetensors`` file.
+    """Read the weights in a ``.pth``, ``.pt``, ``.safetensors`` or ``.pt2`` file.
 
     The file may be a bare state dict or one nested under any of :data:`WEIGHTS` or :data:`AVERAGED`; the plain
     weights are taken unless only averaged ones are there. The format is recognised by content, not by extension.
 
     Args:
         path: The checkpoint.
-        unsafe: Unpickle arbitrary Python objects, which runs whatever code the file's author chose.
+        unsafe: Unpickle arbitrary Python objects, which runs whatever code the file's author chose. No exported
+            program (``.pt2``) can be read without.
         ema: Take the averaged (EMA) weights; an error when there are none.
 
     Raises:
@@ -90,6 +98,8 @@ def read(path: str | Path, *, unsafe: bool = False, ema: bool = False) -> Checkp
     found, origin = _unwrap(payload, path, ema)
     if ema and not set(origin) & set(AVERAGED):
         raise CheckpointError(f"{path}: holds no averaged (EMA) weights; leave out --ema")
+    if isinstance(found, ExportedProgram):
+        return Checkpoint(path, dict(found.state_dict), origin, found)
     module = found if isinstance(found, nn.Module) else None
     state = found.state_dict() if isinstance(found, nn.Module) else found
     return Checkpoint(path, strip_prefixes(state), origin, module)
@@ -103,6 +113,11 @@ def read_file(path: Path, *, unsafe: bool = False) -> tuple[Any, dict[str, str]]
     """
     if _is_safetensors(path):
         return _read_safetensors(path)
+    members = _zip_members(path)
+    if any(_PROGRAM.fullmatch(name) for name in members):
+        return _read_program(path, unsafe), {}
+    if any(_ARCHIVE.fullmatch(name) for name in members):
+        raise CheckpointError(f"{path}: is a .pt2 archive, but holds no exported program")
     return _read_pickle(path, unsafe), {}
 
 
@@ -208,13 +223,16 @@ def resolve(checkpoint: Checkpoint, spec: str | None = None) -> Network:
         network = _from_factory(checkpoint, spec)
     else:
         network = _known(checkpoint, spec)
-    network.model.eval()
+    if isinstance(network.model, nn.Module):
+        network.model.eval()
     return network
 
 
 def _recognise(checkpoint: Checkpoint) -> Network:
     from reparam.models import registry
 
+    if isinstance(checkpoint.module, ExportedProgram):
+        return Network(checkpoint.module, "an exported program", _example_shape(checkpoint.module))
     if checkpoint.module is not None:
         return Network(checkpoint.module, type(checkpoint.module).__name__, _declared_shape(checkpoint.module))
     matches = registry.recognise(checkpoint.state)
@@ -317,6 +335,13 @@ def _declared_shape(model: nn.Module) -> tuple[int, ...] | None:
     return tuple(shape) if shape else None
 
 
+def _example_shape(program: ExportedProgram) -> tuple[int, ...] | None:
+    """The input shape that a program was exported with, when it takes one tensor."""
+    args, kwargs = program.example_inputs or ((), {})
+    inputs = (*args, *kwargs.values())
+    return tuple(inputs[0].shape[1:]) if len(inputs) == 1 and isinstance(inputs[0], Tensor) else None
+
+
 def _with_channels(shape: tuple[int, ...] | None, channels: object) -> tuple[int, ...] | None:
     """``shape`` with the number of input channels that the checkpoint shows, where it shows one."""
     return (channels, *shape[1:]) if shape and isinstance(channels, int) else shape
@@ -361,11 +386,47 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path}: is truncated or no safetensors file: {first_line(error)}") from error
 
 
+def _zip_members(path: Path) -> list[str]:
+    """Names of the files in a zip archive; none where the file is something else, or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return []
+
+
+def _read_program(path: Path, unsafe: bool) -> ExportedProgram:
+    # torch.export.load is no weights_only reader. It unpickles what the archive says is pickled (tensor subclasses,
+    # script and opaque objects, and example inputs that weights_only refuses), evaluates symbolic sizes as Python
+    # (sympy.sympify), and loads the shared libraries that AOTInductor leaves.
+    if not unsafe:
+        raise CheckpointError(
+            f"{path}: is an exported program, which torch.export.load may run code of; pass --unsafe-load only if you "
+            "trust the source"
+        )
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # it logs what it then raises
+    try:
+        # By an open file, since torch.export.load would judge a name by its ending.
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(file)
+    except Exception as error:  # whatever torch makes of a damaged archive, or of one that another version wrote
+        raise CheckpointError(
+            f"{path}: its exported program cannot be read ({type(error).__name__}: {first_line(error)}); it is "
+            f"damaged, or was written by another version of PyTorch than {torch.__version__}"
+        ) from error
+    finally:
+        logging.disable(level)
+
+
 def _read_pickle(path: Path, unsafe: bool) -> object:
     with path.open("rb") as file:
         head = file.read(len(_LEGACY))
     if not (head.startswith(_ZIP) or head == _LEGACY):
         raise CheckpointError(f"{path}: is not a checkpoint; expected a torch.save or safetensors file")
+    if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: {_why_not_read('')}")
     try:
         # By an open file, since torch.load would take a name for the format.
         with path.open("rb") as file, torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
@@ -417,7 +478,7 @@ def _why_not_read(message: str) -> str:
 
 def _unwrap(node: object, path: Path, ema: bool, origin: tuple[str, ...] = ()) -> tuple[Any, tuple[str, ...]]:
     """Follow wrapper keys down to the mapping of tensors, or the module, inside."""
-    if isinstance(node, nn.Module):
+    if isinstance(node, (nn.Module, ExportedProgram)):
         return node, origin
     if not isinstance(node, Mapping):
         raise CheckpointError(f"{path}: holds a {type(node).__name__}, not a state dict")

@@ -25,11 +25,12 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from reparam.errors import ReparamError, VerificationError
+from reparam.errors import CaptureError, ReparamError, VerificationError
 
 # PyTorch takes two seconds to import, so what needs it is imported where it is used: --help answers at once.
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
     from reparam.checkpoint import Checkpoint, Network
     from reparam.export import Exported
@@ -129,7 +130,9 @@ def _print_version(asked: bool) -> None:
 
 @command
 def fuse(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Training checkpoint: .pth, .pt or .safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="Training checkpoint (.pth, .pt, .safetensors), or .pt2.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help=".pth, .safetensors or .onnx. [default: NAME_deploy.pth beside the input]"),
@@ -158,13 +161,15 @@ def fuse(
         source = _read(checkpoint, how)
         check_destination(output, never=(checkpoint,))
         network = _resolve(source, how)
-        inputs = _example(network.input_shape)
+        inputs = _inputs(network, how)
         if output.suffix == ".onnx" and inputs is None:
             _ask_for_shape(network.name, "export")
         try:
             deploy = reparam.compile(network.model, inputs, verify=not no_verify, progress=bar)
         except VerificationError as error:
             raise VerificationError(f"{checkpoint}: {error}; nothing was written", error.comparison) from error
+        except CaptureError as error:
+            raise CaptureError(f"{checkpoint}: {error}") from error
         bar(None, None, f"writing {output.name}")
         exported = _write(deploy, network, output, inputs)
     report = cast("Report", deploy.report)
@@ -205,7 +210,7 @@ def explain(
             network = _resolve(source, how)
             bar(None, None, f"compiling {network.name}")
             about = _about(checkpoint, source, network)
-            report = reparam.explain(network.model, _example(network.input_shape)).to_dict()
+            report = reparam.explain(network.model, _inputs(network, how)).to_dict()
     if as_json:
         _print_json({**about, "report": report})
     else:
@@ -233,26 +238,25 @@ def verify(
     """
     how = _Reading(model, _parse_shape(input_size), unsafe_load, ema)
     with _Bar(quiet) as bar:
-        import reparam
+        from reparam.verify import compare, run
 
         sides = _open_both((first, second), how)
         bar(None, None, "comparing")
-        inputs = _shared_inputs((first, second), sides, how.shape)
-        reference, other = (side.model for side in sides)
+        call = _shared_call((first, second), sides, how)
+        reference, other = (_runnable(side.model) for side in sides)
         if ".onnx" in (first.suffix, second.suffix):
             from reparam.export import Flat
 
             reference, other, tolerance = Flat(reference), Flat(other), tolerance or 1e-4
         try:
-            comparison, agree = reparam.verify(reference, other, inputs, tolerance=tolerance), True
+            comparison, agree = compare(run(reference, *call), run(other, *call), tolerance), True
         except VerificationError as error:
             if error.comparison is None:
                 raise
             comparison, agree = error.comparison, False
-        except RuntimeError as error:
-            raise ReparamError(
-                f"inputs of {_shape_text(inputs.shape)} do not fit {first} or {second}: {error}"
-            ) from error
+        except (RuntimeError, AssertionError) as error:  # the latter from an exported program
+            shapes = " and ".join(_shape_text(x.shape) for x in (*call[0], *call[1].values()) if hasattr(x, "shape"))
+            raise ReparamError(f"inputs of {shapes} do not fit {first} or {second}: {error}") from error
     if as_json:
         error_or_null = comparison.largest_error if math.isfinite(comparison.largest_error) else None
         measured = {**asdict(comparison), "largest_error": error_or_null}
@@ -396,8 +400,38 @@ def _example(shape: tuple[int, ...] | None, batch: int = 1) -> Any:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _shared_inputs(paths: tuple[Path, Path], sides: list[Network], shape: tuple[int, ...] | None) -> Tensor:
-    """Random inputs that both models say they take."""
+def _inputs(network: Network, how: _Reading) -> Any:
+    """What to compile a network with: random inputs of its shape, or what an exported program was exported with."""
+    from torch.export import ExportedProgram
+
+    program = network.model
+    if not isinstance(program, ExportedProgram):
+        return _example(network.input_shape)
+    call: Any = program.example_inputs or ((), {})
+    args, kwargs = call
+    if how.shape is not None:  # the number of inputs, and their type, may be fixed
+        first = next(value for value in (*args, *kwargs.values()) if hasattr(value, "dtype"))
+        return _example(how.shape, len(first)).to(first.dtype)
+    return args[0] if len(args) == 1 and not kwargs else None  # compile knows the others
+
+
+def _runnable(model: nn.Module | ExportedProgram) -> nn.Module:
+    from torch import nn
+
+    return model if isinstance(model, nn.Module) else model.module()
+
+
+def _shared_call(
+    paths: tuple[Path, Path], sides: list[Network], how: _Reading
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments that both models say they take: one random input, or what one of them was exported with."""
+    from torch.export import ExportedProgram
+
+    shape = how.shape
+    for side in sides:
+        if isinstance(side.model, ExportedProgram) and side.model.example_inputs is not None:
+            args, kwargs = side.model.example_inputs
+            return ((_inputs(side, how),), {}) if shape else (args, kwargs)
     first, second = (side.input_shape for side in sides)
     if shape is None and first and second and first != second:
         raise VerificationError(
@@ -407,8 +441,7 @@ def _shared_inputs(paths: tuple[Path, Path], sides: list[Network], shape: tuple[
     if known is None:
         _ask_for_shape(f"{paths[0]} and {paths[1]}", "compare")
     batches = (getattr(side.model, "fixed_batch", None) for side in sides)  # an ONNX model may take one size only
-    inputs: Tensor = _example(known, next(filter(None, batches), 2))
-    return inputs
+    return (_example(known, next(filter(None, batches), 2)),), {}
 
 
 def _parse_shape(text: str | None) -> tuple[int, ...] | None:

@@ -95,7 +95,7 @@ def compile(
 
     Args:
         model: Any training-time module, in any mode and floating-point type, on any device; or a program that
-            ``torch.export.export`` made of one in eval mode. It is not changed.
+            ``torch.export.export`` made of one in eval mode, or the module of such a program. It is not changed.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments. They tell ranks and channels
             that the layers do not show, give multiply-adds for the report, and are what the whole model is verified
             on. The result is not tied to their sizes, unless the report says so: where Python decides by sizes that
@@ -329,7 +329,12 @@ def _compile_child(
     return compiled, work
 
 
-def explain(model: nn.Module, example_inputs: Any = None, *, passes: Sequence[Rule] | None = None) -> Report:
+def explain(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    passes: Sequence[Rule] | None = None,
+) -> Report:
     """What :func:`compile` would do to a model, and why it would leave the rest; a dry run.
 
     Args:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reparam import capture as capturing
 from reparam import facts
 from reparam.compiler import compile_captured
+from reparam.constants import fold
 from reparam.errors import ReparamError
 
 
@@ -102,4 +103,6 @@ def _captured(
             made.meta["kind"] = "unknown" if isinstance(value, (tuple, list, dict)) else "other"
         facts.note(made, root.get_submodule(str(made.target)) if made.op == "call_module" else None)
     modules = dict(root.named_modules())
-    return capturing.Capture(root, copied, modules, capturing.tensor_storages(modules.values()))
+    storages = capturing.tensor_storages(modules.values())
+    fold(copied, root, modules, storages)
+    return capturing.Capture(root, copied, modules, storages)

@@ -8,6 +8,7 @@ where it took a decision. The operators are ATen's; here they are said in the wo
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import io
 import logging
@@ -15,20 +16,20 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 
-from reparam import aliasing, facts
+from reparam import aliasing, aten, facts, parameters
 from reparam.capture import Capture, keeps_state, private_copy, tensor_storages, unchanged
+from reparam.constants import fold
 from reparam.errors import CaptureError
 from reparam.report import Remark
 from reparam.verify import compare, run
@@ -71,6 +72,7 @@ def capture(model: nn.Module, call: Call) -> Capture:
         CaptureError: It cannot be exported, or not for every batch size; the message is the reason.
     """
     root = private_copy(model)
+    parameters.settle(root)
     if keeps_state(root, lambda: run(root, *call)):
         # Which export would leave out without a word.
         raise CaptureError("it keeps something from one call to the next")
@@ -119,7 +121,10 @@ def read(program: ExportedProgram) -> tuple[nn.Module, Capture, Call]:
     root = private_copy(module)
     builder = _Builder(root, program)
     builder.inputs((tuple(args), dict(kwargs)))
-    return module, builder.finish(batches=False), (tuple(args), dict(kwargs))
+    try:
+        return module, builder.finish(batches=False), (tuple(args), dict(kwargs))
+    except CaptureError as error:
+        raise CaptureError(f"the exported program cannot be compiled: {error}") from error
 
 
 def _export(flat: _Flat) -> tuple[ExportedProgram, bool]:
@@ -147,8 +152,11 @@ def _silence() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        # It prints the graph that it could not make, too.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -233,7 +241,8 @@ class _Builder:
         for node in self.graph.nodes:
             changed = aliasing.written(node, self.modules)
             if changed is not None and any(base.op == "get_attr" for base in memory[changed]):
-                raise CaptureError("it writes to its own tensors")
+                raise CaptureError("it writes to its own tensors, as models in training do; export it in eval mode")
+        fold(self.graph, self.root, self.modules, self.storages)
         return Capture(self.root, self.graph, self.modules, self.storages, self.remarks)
 
     def _new(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Node:
@@ -262,10 +271,13 @@ class _Builder:
 
     def _call(self, node: Node) -> None:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        said = _said(node, args, kwargs)
-        if said is None:
+        target: Any = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"it needs {target}")
+        if aten.is_check(target):
             return
-        op, target, args, kwargs = said
+        rank = len(node.args[0].meta["val"].shape) if aten.is_slice(target) else None  # type: ignore[union-attr]
+        op, target, args, kwargs = aten.said(target, args, kwargs, rank)
         made = self._new(op, target, tuple(args), dict(kwargs))
         made.meta["scope"] = self._scope(node)
         self.values[node] = made
@@ -391,61 +403,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple) or type(value) is list:
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (Node, bool, int, float, str))
-
-
-# ATen in the words of torch.
-
-_CHECKS = frozenset(
-    "_assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size _assert_async _assert_scalar".split()
-)
-_Said = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
-
-
-def _said(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Said | None:
-    """Operation, target and arguments that say in torch's words what a node of an exported graph computes."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"it needs {target}")
-        return "call_function", target, args, kwargs
-    name = target._schema.name.partition("::")[2]
-    if target.namespace != "aten":
-        return "call_function", target, args, kwargs
-    match name:
-        case _ if name in _CHECKS:
-            return None
-        case "sym_size":
-            return "call_method", "size", args, kwargs
-        case "lift_fresh_copy" | "lift_fresh":
-            return "call_function", torch.clone, args, kwargs
-        case "slice":
-            given: list[Any] = [*args, *(0, None, None, 1)[len(args) - 1 :]]
-            source, axis, start, stop, step = given
-            stop = None if isinstance(stop, int) and stop >= 2**62 else stop
-            rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
-            everything = (slice(None),) * (axis % rank)
-            return "call_function", operator.getitem, (source, (*everything, slice(start, stop, step))), {}
-    if name.endswith("_") and hasattr(Tensor, name) and not name.endswith("__"):
-        return "call_method", name, args, kwargs
-    function = _function(name, target, len(args))
-    if function is not None:
-        return "call_function", function, args, kwargs
-    if hasattr(Tensor, name) and args and isinstance(args[0], Node):
-        return "call_method", name, args, kwargs
-    return "call_function", target, args, kwargs
-
-
-def _function(name: str, overload: Any, given: int) -> Any:
-    """torch's own function with the arguments of an ATen operator."""
-    function = getattr(torch, name, None)
-    if inspect.isbuiltin(function):
-        return function
-    functional, binding = getattr(F, name, None), getattr(torch._C._nn, name, None)
-    if inspect.isbuiltin(functional):
-        return functional
-    if functional is not None:
-        names = [argument.name for argument in overload._schema.arguments[:given]]
-        taken = list(inspect.signature(functional).parameters)[:given]
-        if taken == ["input" if argument == "self" else argument for argument in names]:
-            return functional
-    return binding

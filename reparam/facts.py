@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from reparam.constants import FACTORIES, is_python
@@ -77,10 +78,13 @@ _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad 
 
 
 def target_name(node: Node) -> str:
-    """Name of what a function or method node calls, without module or trailing underscore.
+    """Name of what a function or method node calls, without module, overload or trailing underscore.
 
     Empty for a function that is neither torch's nor Python's: its name says nothing about what it computes.
     """
+    if isinstance(node.target, OpOverload):
+        # One of a library's own may be called as one of torch's is, and be something else.
+        return node.target._schema.name.removeprefix("aten::").rstrip("_")
     if isinstance(node.target, str):
         return node.target.rstrip("_")
     owner = getattr(node.target, "__module__", None) or "torch"

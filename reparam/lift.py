@@ -408,6 +408,21 @@ def _(input: Any, weight: Any, bias: Any = None) -> Operator | None:
     return Linear(weight.detach(), None if bias is None else bias.detach())
 
 
+@register(torch.matmul, torch.mm, operator.matmul, "matmul", "mm")
+def _(input: Any, other: Any) -> Operator | None:
+    if not _is_linear_in(input) or not isinstance(other, Tensor) or other.dim() != 2 or other.is_complex():
+        return None
+    return Linear(other.detach().t(), None)
+
+
+@register(torch.addmm)
+def _(input: Any, mat1: Any, mat2: Any) -> Operator | None:
+    # What decomposed programs have of a layer: bias + x W.
+    if not _is_linear_in(mat1) or not isinstance(mat2, Tensor) or not isinstance(input, Tensor) or input.dim() != 1:
+        return None
+    return Linear(mat2.detach().t(), input.detach()) if len(input) == mat2.shape[1] else None
+
+
 @register(F.batch_norm)
 def _batch_norm(
     input: Any,

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.overrides import get_overridable_functions
@@ -112,6 +113,8 @@ def _function_name(node: Node) -> str:
     name = _function_names().get(node.target)
     if name is not None:
         return name
+    if isinstance(node.target, OpOverload) and aten_operator(_operator_name(node.target)) is node.target:
+        return _operator_name(node.target)
     called = getattr(node.target, "__qualname__", str(node.target))
     raise ExportError(f"the graph calls {called} at {node.name}, which is no PyTorch function; {_INSTEAD}")
 
@@ -149,6 +152,8 @@ def _rebuild_target(op: str, target: str, args: tuple[Any, ...], root: Mapping[s
             if target == "builtins.getattr" and not (len(args) == 2 and args[1] in _ATTRIBUTES):
                 raise CheckpointError(f"reads the attribute {args[1:]}, which a deploy file may not")
             return functions()[target]
+        case "call_function" if (operation := aten_operator(target)) is not None:
+            return operation
     raise CheckpointError(f"asks for {op} {target!r}, which a deploy file may not")
 
 
@@ -400,6 +405,32 @@ def functions() -> dict[str, Callable[..., Any]]:
     return found
 
 
+def aten_operator(name: str) -> OpOverload | None:
+    """The ATen operator that a description may call as ``aten.NAME.OVERLOAD``, or None.
+
+    Exported programs hold operators that torch has no public function for. Allowed are those of the Core ATen IR, which
+    is made of functions on tensors, and what ``torch.nn.functional`` is built on (``torch._C._nn``); none that writes
+    to an argument, returns anything but tensors, takes anything but tensors and settings, or trusts its arguments
+    because torch's own functions have checked them before.
+    """
+    found = re.fullmatch(r"aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)", name)
+    packet = getattr(torch.ops.aten, found[1], None) if found else None
+    if found is None or not isinstance(packet, OpOverloadPacket) or found[2] not in packet.overloads():
+        return None
+    operation: OpOverload = getattr(packet, found[2])
+    known = torch.Tag.core in operation.tags or hasattr(torch._C._nn, found[1])
+    if not known or operation._schema.is_mutable or _UNSAFE_OPERATORS.fullmatch(found[1]):
+        return None
+    arguments = (str(argument.type) for argument in operation._schema.arguments)
+    results = (str(result.type) for result in operation._schema.returns)
+    plain = all(map(_PLAIN_ARGUMENT.fullmatch, arguments)) and all(map(_TENSORS.fullmatch, results))
+    return operation if plain else None
+
+
+def _operator_name(operation: OpOverload) -> str:
+    return f"{operation._schema.name.replace('::', '.')}.{operation._overloadname}"
+
+
 @functools.cache
 def _function_names() -> dict[object, str]:
     return {function: name for name, function in reversed(functions().items())}  # the first of several names wins
@@ -419,6 +450,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_TENSORS = re.compile(r"Tensor|List\[Tensor\]")
+_PLAIN_ARGUMENT = re.compile(r"(Optional\[)?(List\[)?(Optional\[)?(Tensor|int|float|bool|number|str|Device)\]*")
+_UNSAFE_OPERATORS = re.compile(r"as_strided|empty_strided|_embedding_bag|_fft_\w+|_native_batch_norm_\w+|\w+_backward")
 _UNSAFE_METHODS = _words("""
     apply_ map_ map2_ backward register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ module_load
     set_ resize resize_ resize_as resize_as_ resize_as_sparse_ sparse_resize_ sparse_resize_and_clear_ storage

@@ -119,6 +119,9 @@ class Graph:
     fx: torch.fx.Graph
     modules: Mapping[str, nn.Module]
     _lifted: dict[Node, Operator | Sum | Refusal | None] = field(default_factory=dict)
+    _opaque: list[Node] | None = None
+    _views: list[Node] | None = None
+    _free: bool = False
 
     # Questions that rules ask.
 
@@ -168,17 +171,22 @@ class Graph:
 
         What Python that was not traced changes may then be known under any name.
         """
-        return any(self.is_opaque(node) for node in self.fx.nodes if first < node < last)
+        if self._opaque is None:  # no rewrite makes any
+            self._opaque = [node for node in self.fx.nodes if self.is_opaque(node)]
+        return any(first < node < last for node in self._opaque if not node._erased)
 
     def relies_on_layout(self, norm: Node) -> str | None:
         """Why the values behind a norm must lie in memory as the norm puts them, or None when they need not.
 
         A view is as good as a reshape, except where somebody writes to the memory that it shares.
         """
-        views = self._views_after(norm)
-        opaque = any(self.is_opaque(node) for node in self.fx.nodes if views and views[0] < node)
-        written = opaque or any("frozen" in view.meta for view in views)
-        return f"the memory that {describe(views[0])} shares may be written to" if written else None
+        if self._views is None:  # no rewrite makes any
+            self._views = [n for n in self.fx.nodes if n.op == "call_method" and n.target in ("view", "view_as")]
+        written = [view for view in self._views if "frozen" in view.meta]
+        if self._views and self.may_change_between(norm, norm, next(iter(reversed(self.fx.nodes)))):
+            written.append(self._views[-1])
+        last = next((view for view in reversed(written) if norm < view), None)
+        return None if last is None else f"the memory that {describe(last)} shares may be written to"
 
     def is_opaque(self, node: Node) -> bool:
         """Whether a node calls Python that was not traced, and of which nothing else is known."""
@@ -291,7 +299,7 @@ class Graph:
         new: list[Node] = []
         placed: dict[Node, Node] = {}
         if rewrite.through:
-            self._free_layouts(min(node for node, _ in rewrite.values))
+            self._free_layouts()
         for node, value in rewrite.values:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
@@ -309,13 +317,14 @@ class Graph:
             placed[node] = result
         return new, self._erase(list(placed))
 
-    def _free_layouts(self, first: Node) -> None:
-        """Let no later view rely on how its input lies in memory: the norm that laid it out goes."""
-        for view in self._views_after(first):
-            view.target = str(view.target).replace("view", "reshape")
-
-    def _views_after(self, node: Node) -> list[Node]:
-        return [n for n in self.fx.nodes if node < n and n.op == "call_method" and n.target in ("view", "view_as")]
+    def _free_layouts(self) -> None:
+        """Let no view rely on how its input lies in memory: a norm made new memory of a permuted value, and goes."""
+        if self._free:
+            return
+        self._free = True
+        for node in self.fx.nodes:
+            if node.op == "call_method" and node.target in ("view", "view_as") and "frozen" not in node.meta:
+                node.target = str(node.target).replace("view", "reshape")
 
     def _twins(self, node: Node, value: Expression) -> dict[Node, Operator | None]:
         """For every absorbed node whose shape is read, the operator with a result of that shape; None: its source."""

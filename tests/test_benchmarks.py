@@ -72,6 +72,7 @@ def test_compile_time_misses_a_bar_loudly(monkeypatch: pytest.MonkeyPatch, capsy
     second = Timing(1.0, 1.0, 1.0)
     met, missed = (compile_time.Result("net", second, "timm", second, ratio, bar=1.5) for ratio in (1.5, 1.6))
     monkeypatch.setattr(compile_time, "growth", lambda bar, rounds: met)
+    monkeypatch.setattr(compile_time, "per_node", lambda block, bar, rounds: met)
     monkeypatch.setattr(compile_time, "against_timm", lambda name, bar, rounds: met)
     monkeypatch.setattr(sys, "argv", ["compile_time.py", "--check"])
     compile_time.main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import os
 import pickle
 import sys
@@ -146,6 +147,16 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"contains pickled Python code \(posix.system\); pass --unsafe-load only if you trust the source",
     ),
     "module.pth": (lambda path: torch.save(tiny(), path), r"contains pickled Python code \(torch.nn.modules"),
+    "program.pt2": (
+        lambda path: torch.export.save(exported(), path),
+        "is an exported program, which torch.export.load may run code of; pass --unsafe-load only if you trust",
+    ),
+    "truncated.pt2": (lambda path: (torch.export.save(exported(), path), truncated(path)), "is truncated"),
+    "archive.pt2": (
+        lambda path: zipfile.ZipFile(path, "w").writestr("a/archive_format", "pt2"),
+        "is a .pt2 archive, but holds no exported program",
+    ),
+    "zip.pt2": (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "a"), "is a zip archive but not a check"),
     "list.pth": (lambda path: torch.save([1, 2], path), "holds a list, not a state dict"),
     "tensor.pth": (lambda path: torch.save(torch.ones(1), path), "holds a Tensor, not a state dict"),
     "nothing.pth": (lambda path: torch.save({}, path), "holds no weights$"),
@@ -155,6 +166,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"holds several networks \(generator, critic\); save the one to fuse on its own",
     ),
 }
+
+
+def exported() -> torch.export.ExportedProgram:
+    return torch.export.export(tiny().eval(), (torch.randn(2, 3, 8, 8),))
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -200,6 +215,55 @@ def test_unpickling_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(sys.modules, "vanishing")
     with pytest.raises(CheckpointError, match=r"code that cannot be imported here \(No module named 'vanishing'\)"):
         read(tmp_path / "b.pth", unsafe=True)
+
+
+def test_an_exported_program_is_read_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"  # recognised by content
+    with path.open("wb") as file:
+        torch.export.save(exported(), file)
+    found = read(path, unsafe=True)
+    assert isinstance(found.module, torch.export.ExportedProgram)
+    assert found.state.keys() == tiny().state_dict().keys()
+    network = resolve(found)
+    assert network.model is found.module
+    assert (network.name, network.input_shape) == ("an exported program", (3, 8, 8))
+
+
+def test_a_damaged_program_is_one_sentence(tmp_path: Path) -> None:
+    torch.export.save(exported(), tmp_path / "a.pt2")
+    with zipfile.ZipFile(tmp_path / "a.pt2") as archive, zipfile.ZipFile(tmp_path / "b.pt2", "w") as copy:
+        for name in archive.namelist():
+            copy.writestr(name, b"{}" if name.endswith("model.json") else archive.read(name))
+    with pytest.raises(
+        CheckpointError, match=r"b.pt2: its exported program cannot be read \(.*; it is damaged, or was"
+    ):
+        read(tmp_path / "b.pt2", unsafe=True)
+
+
+class Touches:
+    """Pickled example inputs that weights_only refuses, upon which torch unpickles them without."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_torch_unpickles_programs_so_they_need_permission(tmp_path: Path) -> None:
+    torch.export.save(exported(), tmp_path / "a.pt2")
+    torch.save((((torch.randn(2, 3, 8, 8),), {}), Touches(tmp_path / "pwned")), tmp_path / "inputs.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt2") as archive, zipfile.ZipFile(tmp_path / "b.pt2", "w") as copy:
+        for name in archive.namelist():
+            evil = name.endswith("sample_inputs/model.pt")
+            copy.writestr(name, (tmp_path / "inputs.pt").read_bytes() if evil else archive.read(name))
+    with pytest.raises(CheckpointError, match="pass --unsafe-load only if you trust the source"):
+        read(tmp_path / "b.pt2")
+    assert not (tmp_path / "pwned").exists()
+    with contextlib.suppress(CheckpointError):
+        read(tmp_path / "b.pt2", unsafe=True)
+    # Where this fails, torch.export.load has become safer, and the flag may be too strict.
+    assert (tmp_path / "pwned").exists()
 
 
 # --- Values -------------------------------------------------------------------------------------------------------

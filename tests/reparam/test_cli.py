@@ -219,6 +219,68 @@ def test_fuse_a_pickled_module(factory: Any) -> None:
     assert "ParallelBranches" in run("explain", "a.pth", "--unsafe-load").stdout
 
 
+@pytest.fixture
+def program(tmp_path: Path, digits: nn.Module) -> Path:
+    """An exported program of a fixed batch size."""
+    torch.export.save(torch.export.export(digits, (X,)), tmp_path / "digits.pt2")
+    return tmp_path / "digits.pt2"
+
+
+@pytest.mark.parametrize("extension", ["pth", "safetensors", "onnx"])
+def test_fuse_and_verify_an_exported_program(program: Path, digits: nn.Module, extension: str) -> None:
+    output = program.with_name(f"out.{extension}")
+    stdout = run("fuse", program, "--unsafe-load", "-o", output).stdout
+    assert stdout.startswith(f"{program} is an exported program\n")
+    assert extension == "onnx" or agrees(output, digits)
+    for pair in ((program, output), (output, program)):
+        assert " agree: " in run("verify", *pair, "--unsafe-load").stdout
+    explained = run("explain", program, "--unsafe-load", "--json").stdout
+    assert json.loads(explained)["report"]["after"]["norms"] == 0
+
+
+def test_an_exported_program_is_not_loaded_unasked(program: Path, fused: Path) -> None:
+    reason = f"{program}: is an exported program, which torch.export.load may run code of; pass --unsafe-load only if"
+    for arguments in (["fuse", program], ["explain", program], ["verify", program, fused]):
+        assert failure(*arguments).startswith(reason)
+    assert not program.with_name("digits_deploy.pth").exists()
+
+
+def test_the_weights_of_an_exported_program_are_a_checkpoint(program: Path, fused: Path) -> None:
+    run("fuse", program, "--unsafe-load", "--model", "repvit_digits")
+    run("verify", program.with_name("digits_deploy.pth"), fused)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(1, 4, 3)
+
+    def forward(self, x: Tensor, *, y: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + self.other(y)
+
+
+def test_exported_programs_of_several_inputs(tmp_path: Path) -> None:
+    model, batch = randomise(Two()).eval(), torch.export.Dim("batch")
+    shapes = {"x": {0: batch}, "y": {0: batch}}
+    torch.export.save(torch.export.export(model, (X,), {"y": 2 * X}, dynamic_shapes=shapes), tmp_path / "a.pt2")
+    run("fuse", tmp_path / "a.pt2", "--unsafe-load")
+    run("verify", tmp_path / "a.pt2", tmp_path / "a_deploy.pth", "--unsafe-load")
+    assert torch.allclose(storage.load(tmp_path / "a_deploy.pth")(X, y=X), model(X, y=X), atol=1e-5)
+
+
+def test_an_exported_program_in_training_mode_is_one_sentence(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Two().train(), (X,), {"y": X}), tmp_path / "a.pt2")
+    reason = failure("fuse", tmp_path / "a.pt2", "--unsafe-load")
+    assert reason.startswith(f"{tmp_path / 'a.pt2'}: the exported program cannot be compiled: ")
+    assert reason.endswith("it writes to its own tensors, as models in training do; export it in eval mode")
+
+
+def test_inputs_that_an_exported_program_does_not_take(program: Path) -> None:
+    run("fuse", program, "--unsafe-load", "--input-size", "1x8x8")
+    reason = failure("fuse", program, "--unsafe-load", "--input-size", "1x9x8")
+    assert "does not run on the example inputs: Guard failed" in reason
+
+
 def test_what_a_file_cannot_hold_is_one_sentence(factory: Any) -> None:
     torch.save(randomise(factory.Python()).state_dict(), "a.pth")
     reason = failure("fuse", "a.pth", "--model", "their_models:Python", "--input-size", "2x6x6")

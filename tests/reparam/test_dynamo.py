@@ -67,6 +67,20 @@ def test_every_graph_is_fused(model: nn.Module, seen: list[list[str]]) -> None:
     assert not any("batch_norm" in graph for graph in seen)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_parameter_programs_run_once(model: nn.Module, seen: list[list[str]], norm: Any) -> None:
+    norm(model.large)
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        compare(model(x), compiled(x), 1e-9)
+        assert seen[-1] == ["Conv2d"]
+        for parameter in model.large.parameters():
+            parameter.mul_(1.5)
+        compare(model(x), compiled(x), 1e-9)
+
+
 def test_weights_that_change_are_seen(model: nn.Module, seen: list[list[str]]) -> None:
     compiled = torch.compile(model, backend=backend)
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64)

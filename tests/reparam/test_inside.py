@@ -338,3 +338,16 @@ def test_the_argument_is_untouched(example: bool, x: Tensor) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in result.parameters()}
     assert not shared
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@both
+def test_parameter_programs_of_a_child_run_once(norm: Any, example: bool, x: Tensor) -> None:
+    block = Block()
+    norm(block.large)
+    model = Parent(lambda net, x: net.block(x), block=block)
+    assert norms_left(model, x, example=example) == 0
+    result: Any = reparam.compile(model, x if example else None)
+    assert result.report.after.convolutions == 1
+    assert {name for name, _ in result.block.named_parameters()} == {"large.weight", "large.bias"}

@@ -145,7 +145,7 @@ def test_sums(function: Callable[[Tensor], Tensor], coefficients: list[float]) -
         lambda x: torch.stack([x, x]).sum(1),
         lambda x: torch.stack([x, x]).sum(0, keepdim=True),
         lambda x: x.sum(0),
-        lambda x: x @ torch.ones(4, 4, dtype=torch.float64),
+        lambda x: x @ torch.ones(1, 4, 4, dtype=torch.float64),
     ],
 )
 def test_what_is_no_linear_operator(function: Callable[[Tensor], Any]) -> None:

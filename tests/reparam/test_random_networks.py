@@ -81,12 +81,26 @@ def check(
         assert all(torch.equal(a[name], b[name]) for name in a), "two compilations differ"
 
     again = reparam.compile(compiled, example, verify=False)
-    # A merged layer may show a rank that nothing showed before, unless an example did.
-    assert kernels(again.report.after) == kernels(report.after) or not with_example
+    # A merged layer may show a rank that nothing showed before, unless an example did; and memory that is written to for
+    # nobody is only understood once the write is gone.
+    if with_example and not writes_for_nobody(network):
+        assert kernels(again.report.after) == kernels(report.after)
     assert again.report.after.kernels <= report.after.kernels
     for x in calls:
         error = largest_error(run(compiled, *x), run(again, *x))
         assert error <= (TOLERANCE if again.report.fused else 0.0), "compiling twice changes numbers"
+
+
+def writes_for_nobody(network: Network) -> bool:
+    """Whether the result of an in-place operation is not read."""
+    read = {value for step in network.steps for value in step.reads} | {
+        output % (len(network.steps) + 1) for output in network.outputs
+    }
+    in_place = ("in_place", "method", "mul_")
+    return any(
+        (step.options.get("in_place") or step.options.get("how") in in_place) and index + 1 not in read
+        for index, step in enumerate(network.steps)
+    )
 
 
 @settings(max_examples=NETWORKS)
@@ -124,6 +138,14 @@ def test_check_notices_a_wrong_result(monkeypatch):
 
 NORM2 = {"dimensions": 2, "channels": 2}
 REGRESSIONS: dict[str, tuple[int, Network]] = {
+    # A layer whose output nobody reads kept its input's memory from being understood, until it was gone.
+    "unused layer on a view of what is changed": (2, Network(1, [
+        Step("and_back", (0,), {"start": 1}),
+        Step("relu", (0,), {"in_place": True}),
+        Step("sum", (0, 0), {"how": "sum"}),
+        Step("relu", (1,), {"in_place": False}),
+        Step("relu", (3,), {"in_place": False}),
+    ], (5,))),
     # The certificate of a norm of a single channel, which is the same everywhere, ran it on three.
     "norm of a single channel": (2, Network(1, [
         Step("opaque", (0,)),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Tracer, symbolic_trace
 
+import reparam
 from reparam import portable, storage
 from reparam.emit import Affine
 from reparam.errors import CheckpointError, ExportError
@@ -232,6 +233,49 @@ def test_functions_methods_and_arguments_round_trip(tmp_path: Path) -> None:
     assert found["e"][2:] == (None, True, "text")
 
 
+class Resizes(nn.Module):
+    """Operators that only an exported program has: torch's own functions that end in them take other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        y = F.interpolate(y, scale_factor=2.0, mode="bilinear") + F.interpolate(y, size=(12, 12))
+        return F.pad(y, (1, 1, 1, 1), mode="reflect").half().float().softmax(1)
+
+
+@pytest.mark.parametrize("decomposed", [True, False])
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_exported_programs_round_trip(tmp_path: Path, extension: str, decomposed: bool) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    program = torch.export.export(randomise(Resizes()).eval(), (x,))
+    compiled: Any = reparam.compile(program.run_decompositions() if decomposed else program)
+    assert any(isinstance(node.target, torch._ops.OpOverload) for node in compiled.graph.nodes)
+    path = tmp_path / f"deploy.{extension}"
+    reparam.save(compiled, path)
+    assert same(reparam.load(path)(x), compiled(x))
+
+
+ATEN = torch.ops.aten
+NOT_CALLABLE = [
+    ATEN.from_file.default, ATEN.as_strided.default, ATEN._embedding_bag.default, ATEN.add_.Tensor, ATEN.add.out,
+    ATEN._local_scalar_dense.default, ATEN.set_.source_Tensor, ATEN.convolution_backward.default,
+    ATEN._native_batch_norm_legit_no_training.default, ATEN._fft_c2r.default, ATEN._print.default,
+]  # fmt: skip
+
+
+def test_only_operators_that_compute_on_tensors_are_callable() -> None:
+    assert portable.aten_operator("aten.upsample_nearest2d.vec") is ATEN.upsample_nearest2d.vec
+    for operation in NOT_CALLABLE:
+        assert portable.aten_operator(str(operation)) is None
+    names = """os.system prims.add.default torch.ops.aten.relu.default aten.relu aten.relu.op aten.relu.__call__
+               aten.relu.default.x aten.name.x aten.__class__.mro""".split()
+    for name in [*names, "aten.relu.default\n"]:
+        assert portable.aten_operator(name) is None
+
+
 def test_devices_follow_the_model(tmp_path: Path) -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
@@ -431,6 +475,9 @@ MALICIOUS = {
     "torch.save": node("call_function", "torch.save", X, "pwned"),
     "torch.hub.load": node("call_function", "torch.hub.load", "a/b", "c"),
     "torch.from_file": node("call_function", "torch.from_file", "pwned", True, 10),
+    "aten from_file": node("call_function", "aten.from_file.default", "pwned", True, 10),
+    "aten set_": node("call_function", "aten.set_.source_Tensor", X, X),
+    "aten attribute": node("call_function", "aten.relu.__class__", X),
     "torch.compile": node("call_function", "torch.compile", X),
     "torch.jit.load": node("call_function", "torch.jit.load", "x"),
     "torch.ops.load_library": node("call_function", "torch.ops.load_library", "x"),
