@@ -81,8 +81,8 @@ def check(
         assert all(torch.equal(a[name], b[name]) for name in a), "two compilations differ"
 
     again = reparam.compile(compiled, example, verify=False)
-    # A merged layer may show a rank that nothing showed before, unless an example did; and memory that is written to for
-    # nobody is only understood once the write is gone.
+    # A merged layer may show a rank that nothing showed before, unless an example did; and memory that is written to
+    # for nobody is only understood once the write is gone.
     if with_example and not writes_for_nobody(network):
         assert kernels(again.report.after) == kernels(report.after)
     assert again.report.after.kernels <= report.after.kernels
