@@ -243,7 +243,7 @@ class Resizes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
         y = F.interpolate(y, scale_factor=2.0, mode="bilinear") + F.interpolate(y, size=(12, 12))
-        return F.pad(y, (1, 1, 1, 1), mode="reflect").half().float().softmax(1)
+        return F.pad(y, (1, 1, 1, 1), mode="reflect").double().float().softmax(1)
 
 
 @pytest.mark.parametrize("decomposed", [True, False])
