@@ -311,9 +311,10 @@ class Graph:
                 for reader in [user for user in absorbed.users if facts.reads_only_metadata_of(user, absorbed)]:
                     reader.replace_input_with(absorbed, twin)
             node.replace_all_uses_with(result)
-            # A sum names its terms, which have just changed.
+            # A sum names its terms, which have just changed, also where a stack holds them.
             for reader in result.users:
-                self._lifted.pop(reader, None)
+                for affected in (reader, *reader.users):
+                    self._lifted.pop(affected, None)
             placed[node] = result
         return new, self._erase(list(placed))
 
