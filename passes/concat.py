@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from reparam import cost, views
 from reparam.algebra import Conv, concatenate
 from reparam.errors import AlgebraError
-from reparam.passage import concatenation
-from reparam.passes import cost
 from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
 
 
@@ -16,8 +15,10 @@ class ConcatenatedBranches(Rule):
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
         """One convolution for all branches of a concatenation."""
+        if not views.concatenates(node):
+            return None
         try:
-            parts, axis = concatenation(node)
+            parts, axis = views.concatenation(node)
         except AlgebraError:
             return None
         convs = [conv for part in parts if isinstance(conv := graph.op(part), Conv) and conv.axis == axis]

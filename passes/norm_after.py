@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
-from reparam.passage import absorb_backward, is_passage
+from reparam.passage import absorb_backward
 from reparam.passes.compose import Compose
 from reparam.rewrite import Graph, Missed, Rewrite, Rule, describe
 
@@ -32,7 +32,7 @@ class NormAfterPassage(Rule):
         if not isinstance(norm, ChannelAffine) or norm.is_identity:
             return None
         source = graph.source(node)
-        if not is_passage(graph, source):
+        if not graph.lets_pass(source):
             return None
         try:
             walk = absorb_backward(graph, node)

@@ -8,10 +8,10 @@ from functools import reduce
 
 from torch.fx import Node
 
+from reparam import cost
 from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.errors import AlgebraError
 from reparam.lift import Sum
-from reparam.passes import cost
 from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule, describe
 
 # Operators in a row that a term is looked through; what is longer is no branch any more.

@@ -957,10 +957,7 @@ def concatenate(convs: Sequence[Conv], *, outline: bool = False) -> Conv:
     first = convs[0]
     for conv in convs[1:]:
         _check_same_size(first, conv)
-    modes = {conv.padding_mode for conv in convs if conv.pads}
-    if len(modes) > 1:
-        raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
-    lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
+    lattice, geometry = _common_geometry(convs)
     rows = sum(conv.out_channels for conv in convs)
     biased = any(conv.bias is not None for conv in convs)
     if outline:
@@ -969,15 +966,26 @@ def concatenate(convs: Sequence[Conv], *, outline: bool = False) -> Conv:
         weight = torch.cat([conv.double().regroup(1)._on(lattice) for conv in convs])
         zeros = [weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias for conv in convs]
         bias = torch.cat(zeros) if biased else None
-    return Conv(
-        weight,
-        bias,
-        first.stride,
-        tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True)),
-        tuple(taps.step for taps in lattice),
-        1,
-        modes.pop() if modes else ZEROS,
-    )
+    return Conv(weight, bias, **geometry)
+
+
+def _common_geometry(convs: Sequence[AnyConv]) -> tuple[list[_Lattice], dict[str, Any]]:
+    """The taps of all of some convolutions of one output size, and what else a kernel on them is made with.
+
+    Raises:
+        AlgebraError: They pad differently.
+    """
+    first = convs[0]
+    modes = {conv.padding_mode for conv in convs if isinstance(conv, Conv) and conv.pads}
+    if len(modes) > 1:
+        raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
+    lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
+    padding = tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True))
+    dilation = tuple(taps.step for taps in lattice)
+    geometry = {"stride": first.stride, "padding": padding, "dilation": dilation}
+    if modes:
+        geometry["padding_mode"] = modes.pop()
+    return lattice, geometry
 
 
 def _as_conv(term: Operator, model: AnyConv) -> AnyConv:
@@ -999,11 +1007,8 @@ def _sum_convs(convs: Sequence[AnyConv], outline: bool) -> AnyConv:
     first = convs[0]
     for conv in convs[1:]:
         _check_parallel(first, conv)
-    modes = {conv.padding_mode for conv in convs if isinstance(conv, Conv) and conv.pads}
-    if len(modes) > 1:
-        raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
+    lattice, geometry = _common_geometry(convs)
     groups = reduce(math.gcd, (conv.groups for conv in convs))
-    lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
     shape = (first.out_channels, first.in_channels // groups, *(taps.count for taps in lattice))
     biases = [conv.bias for conv in convs if conv.bias is not None]
     weight, bias = _zeros(shape, bool(biases), first.weight.device)
@@ -1011,16 +1016,8 @@ def _sum_convs(convs: Sequence[AnyConv], outline: bool) -> AnyConv:
     terms = () if outline or isinstance(first, ConvTranspose) else tuple(convs)
     if isinstance(first, ConvTranspose) and not outline:
         weight = _sum_of_kernels(convs, groups, lattice)
-    return type(first)(
-        weight,
-        bias if outline or not biases else reduce(torch.add, biases),
-        first.stride,
-        tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True)),
-        tuple(taps.step for taps in lattice),
-        groups,
-        *modes,
-        terms=terms,
-    )
+    bias = bias if outline or not biases else reduce(torch.add, biases)
+    return type(first)(weight, bias, groups=groups, terms=terms, **geometry)
 
 
 def _sum_of_kernels(convs: Sequence[Weighted], groups: int, lattice: Sequence[_Lattice]) -> Tensor:

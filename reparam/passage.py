@@ -32,7 +32,6 @@ _MEAN_LAYERS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPo
 # Operations whose results are the largest of their inputs.
 _MAXIMA = frozenset([f"{kind}_pool{n}d" for kind in ("max", "adaptive_max") for n in (1, 2, 3)] + ["amax"])
 _MAXIMUM_LAYERS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
-_CONCATENATIONS = frozenset("cat concat concatenate".split())
 
 
 @dataclass
@@ -46,11 +45,6 @@ class Walk:
 
     changes: list[tuple[Node, Apply]] = field(default_factory=list)
     through: list[Node] = field(default_factory=list)
-
-
-def is_passage(graph: Graph, node: Node) -> bool:
-    """Whether a node might let an affine pass."""
-    return isinstance(graph.op(node), Sum) or facts.target_name(node) in _CONCATENATIONS or views.axes(node) is not None
 
 
 # From a norm towards what it reads.
@@ -119,7 +113,7 @@ def _parts_backward(graph: Graph, node: Node, affine: ChannelAffine) -> Parts | 
     operator = graph.op(node)
     if isinstance(operator, Sum):
         return _terms(operator, affine)
-    if facts.target_name(node) in _CONCATENATIONS and node.op == "call_function":
+    if views.concatenates(node):
         return _concatenated(node, affine)
     moved = views.axes(node)
     if moved is None:
@@ -198,7 +192,7 @@ def _terms(total: Sum, affine: ChannelAffine) -> Parts:
 
 def _concatenated(node: Node, affine: ChannelAffine) -> Parts:
     """An affine of a concatenation as affines of its parts."""
-    parts, axis = concatenation(node)
+    parts, axis = views.concatenation(node)
     if affine.axis is None or affine.axis != axis:
         return [(part, affine) for part in dict.fromkeys(parts)]
     counts = [views.channels(part, axis) for part in parts]
@@ -209,23 +203,6 @@ def _concatenated(node: Node, affine: ChannelAffine) -> Parts:
     scales = affine.scale.split([count or 0 for count in counts])
     shifts = [None] * len(parts) if affine.shift is None else affine.shift.split([count or 0 for count in counts])
     return [(part, ChannelAffine(scale, shift, axis)) for part, scale, shift in zip(parts, scales, shifts, strict=True)]
-
-
-def concatenation(node: Node) -> tuple[list[Node], int]:
-    """The parts of a concatenation, and its axis counted from the end.
-
-    Raises:
-        AlgebraError: The node is none, or not known well enough.
-    """
-    if facts.target_name(node) not in _CONCATENATIONS or node.op != "call_function":
-        raise AlgebraError("it is no concatenation")
-    arguments, rank = facts.Arguments(node), node.meta.get("rank")
-    parts, dim = arguments.get(0, "tensors", None), arguments.get(1, "dim", 0)
-    if not isinstance(parts, (tuple, list)) or not all(isinstance(part, Node) for part in parts):
-        raise AlgebraError("what is concatenated is not known")
-    if rank is None or type(dim) is not int or "frozen" in node.meta:
-        raise AlgebraError("the axis of a concatenation is not known")
-    return list(parts), dim % rank - rank
 
 
 # From a norm towards what reads it.
@@ -287,7 +264,7 @@ def _into(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAff
 
 def _affine_forward(graph: Graph, node: Node, reader: Node, affine: ChannelAffine) -> ChannelAffine | None:
     """The affine of a reader's output that equals one of its input; None when it lets none pass."""
-    if facts.target_name(reader) in _CONCATENATIONS and reader.op == "call_function":
+    if views.concatenates(reader):
         return _beside(node, reader, affine)
     moved = views.axes(reader)
     if moved is None or reader.args[0] is not node or reader.all_input_nodes.count(node) != 1:
@@ -330,7 +307,7 @@ def _tile(vector: Tensor, count: int) -> Tensor:
 
 def _beside(node: Node, reader: Node, affine: ChannelAffine) -> ChannelAffine:
     """An affine of one part of a concatenation as one of the whole, which leaves the other parts alone."""
-    parts, axis = concatenation(reader)
+    parts, axis = views.concatenation(reader)
     counts = [views.channels(part, axis) for part in parts]
     if affine.axis not in (axis, None) or None in counts:
         raise AlgebraError("the parts of the concatenation have numbers of channels that no layer shows")

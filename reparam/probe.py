@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam import aliasing, capture, facts, measure, verify
+from reparam import aliasing, capture, cost, facts, measure, verify
 from reparam.algebra import ChannelAffine, Conv, Linear, Operator
 from reparam.emit import kernels_of
 from reparam.errors import AlgebraError
@@ -805,6 +805,6 @@ def _profitable(subject: _Subject, operator: Operator, x: Tensor) -> Probed:
     if isinstance(operator, Conv):
         positions = operator(x).numel() / operator.out_channels
         saved = max(0, kernels - kernels_of(operator))
-        if operator.multiply_adds > 1.5 * multiply_adds / positions + 16 * saved * operator.out_channels:
+        if operator.multiply_adds > cost.limit(operator, multiply_adds / positions, saved):
             raise RefutedError("the convolution would compute more")
     return Probed(operator, kernels)

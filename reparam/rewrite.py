@@ -195,6 +195,10 @@ class Graph:
         module = self.modules[str(node.target)]
         return not is_leaf(module) or carries_hooks(module)
 
+    def lets_pass(self, node: Node) -> bool:
+        """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
+        return isinstance(self.op(node), Sum) or views.concatenates(node) or views.axes(node) is not None
+
     def kernels(self, node: Node) -> int:
         """Kernels that ``node`` launches."""
         operator = self.op(node)
@@ -608,11 +612,6 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
                 continue
             found[reader] = None
             # A sum that is read several times is where a residual network goes on and on.
-            if views.axes(reader) is not None or (len(reader.users) == 1 and _lets_pass(graph, reader)):
+            if views.axes(reader) is not None or (len(reader.users) == 1 and graph.lets_pass(reader)):
                 pending.extend(reader.users)
     return sorted(found)
-
-
-def _lets_pass(graph: Graph, node: Node) -> bool:
-    concatenates = facts.target_name(node) in ("cat", "concat", "concatenate")
-    return concatenates or views.axes(node) is not None or isinstance(graph.op(node), Sum)

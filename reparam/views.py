@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from reparam import facts
 from reparam.capture import carries_hooks
+from reparam.errors import AlgebraError
 from reparam.lift import is_leaf
 
 # A known number, an axis of a value (counted from the front), or None.
@@ -89,17 +90,37 @@ def axes(node: Node) -> Axes | None:
     return None if "frozen" in node.meta else known
 
 
+def concatenates(node: Node) -> bool:
+    """Whether a node is a concatenation."""
+    return node.op == "call_function" and facts.target_name(node) in ("cat", "concat", "concatenate")
+
+
+def concatenation(node: Node) -> tuple[list[Node], int]:
+    """The parts of a concatenation, and its axis counted from the end.
+
+    Raises:
+        AlgebraError: They are not known.
+    """
+    arguments, rank = facts.Arguments(node), node.meta.get("rank")
+    parts, dim = arguments.get(0, "tensors", None), arguments.get(1, "dim", 0)
+    if not isinstance(parts, (tuple, list)) or not all(isinstance(part, Node) for part in parts):
+        raise AlgebraError("what is concatenated is not known")
+    if rank is None or type(dim) is not int or "frozen" in node.meta:
+        raise AlgebraError("the axis of a concatenation is not known")
+    return list(parts), dim % rank - rank
+
+
 def _inherited_channels(node: Node) -> tuple[int, int] | None:
     """The channels' number and axis where no layer makes them: a view, a pool, a sum, a concatenation."""
     name = facts.target_name(node)
     known = [source.meta.get("channels") for source in node.all_input_nodes]
-    if name in ("cat", "concat", "concatenate"):
-        arguments, rank = facts.Arguments(node), node.meta.get("rank")
-        parts, dim = arguments.get(0, "tensors", None), arguments.get(1, "dim", 0)
-        if rank is None or type(dim) is not int or not isinstance(parts, (tuple, list)):
+    if concatenates(node):
+        try:
+            parts, along = concatenation(node)
+        except AlgebraError:
             return None
-        counts = [channels(part, dim % rank - rank) if isinstance(part, Node) else None for part in parts]
-        return None if None in counts else (sum(filter(None, counts)), dim % rank - rank)
+        counts = [channels(part, along) for part in parts]
+        return None if None in counts else (sum(filter(None, counts)), along)
     if node.op.startswith("call") and name in facts.ARITHMETIC:
         # More than one channel beside whatever broadcasts to it.
         ranks = {source.meta.get("rank") for source in node.all_input_nodes if source.meta.get("kind") == "tensor"}

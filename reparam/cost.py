@@ -14,8 +14,19 @@ from reparam.emit import kernels_of
 
 # So much more may be computed, plus so many multiply-adds per output number and kernel saved: about what it costs to
 # write a feature map and to read it again.
-GROWTH = 1.5
-ALLOWANCE = 16
+_GROWTH = 1.5
+_ALLOWANCE = 16
+
+
+def limit(merged: AnyConv, apart: float, saved: int) -> float:
+    """Multiply-adds for one output position that a kernel may take in the place of others.
+
+    Args:
+        merged: The kernel.
+        apart: Multiply-adds of what it replaces, for one output position.
+        saved: Kernels that are no longer launched.
+    """
+    return _GROWTH * apart + _ALLOWANCE * saved * merged.out_channels
 
 
 def chain(operators: Sequence[Operator], merged: Operator) -> float:
@@ -54,6 +65,6 @@ def too_costly(merged: Operator, apart: float, kernels: int) -> str | None:
     saved = kernels - kernels_of(merged)
     if saved <= 0:
         return "one operator would launch as many kernels"
-    if isinstance(merged, AnyConv) and merged.multiply_adds > GROWTH * apart + ALLOWANCE * saved * merged.out_channels:
+    if isinstance(merged, AnyConv) and merged.multiply_adds > limit(merged, apart, saved):
         return f"one kernel would take {merged.multiply_adds / max(1.0, apart):.1f} times the multiply-adds"
     return None
