@@ -124,14 +124,13 @@ def _reads(node: Node, graph: Graph) -> Iterator[tuple[Node, Node]]:
 
 def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
     """A term, through as many operators in a row as only it reads and that are one operator together."""
-    bare = _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
     operator = graph.op(node)
     # A crop is a kernel with one tap, too, but no kernel of its own that could be scaled.
     is_term = isinstance(operator, AnyConv | ChannelAffine | AveragePool) or (
         isinstance(operator, Pad) and coefficient == 1.0
     )
     if not isinstance(operator, Operator) or not is_term or len(graph.readers(node)) != 1:
-        return bare
+        return _Term(coefficient, node, ChannelAffine.uniform(1.0), node)
     chain, source, whole = [node], graph.source(node), operator
     while len(chain) < _DEEPEST and len(source.users) == 1:
         inner = graph.op(source)

@@ -162,7 +162,8 @@ def private_copy(model: nn.Module) -> nn.Module:
         for module in plain:
             # What ``module.compile()`` keeps would run the module itself.
             attributes = {k: v for k, v in module.__dict__.items() if k != "_compiled_call_impl"}
-            memo[id(module)].__dict__.update({k: _copied(v, memo) for k, v in attributes.items()})
+            copied = {k: v if type(v) in _ATOMS else _copied(v, memo) for k, v in attributes.items()}
+            memo[id(module)].__dict__.update(copied)
         for module in modules:
             if unwrapped(module) is not module:
                 memo[id(module)].wrap(module, copy.deepcopy(next(module.children()), memo))
@@ -213,7 +214,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 # What most attributes of a module are; looking for anything else is not worth the while.
 _SIMPLE = frozenset([type(None), bool, int, float, str, tuple, dict, set, OrderedDict, torch.dtype, torch.device])
-_ATOMS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_ATOMS = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -345,15 +346,21 @@ class _State:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.attributes = {module: dict(module.__dict__) for module in modules}
         self.contents = {
-            module: {name: copy.copy(value) for name, value in attributes.items() if _may_change(name, value)}
+            module: {
+                name: copy.copy(value)
+                for name, value in attributes.items()
+                if type(value) not in _ATOMS and _may_change(name, value)
+            }
             for module, attributes in self.attributes.items()
         }
 
     def check(self, module: nn.Module) -> None:
         """Raise TraceError when the module is not as it was. Constants made at the first use are no change."""
+        contents, attributes = self.contents[module], module.__dict__
         for name, value in self.attributes[module].items():
-            new = module.__dict__.get(name)
-            if _differ(value, new) or (value is new and name in self.contents[module] and self._grew(module, name)):
+            new = attributes.get(name)
+            # Nearly always the same and no container: nothing to ask for.
+            if (name in contents and self._grew(module, name)) if value is new else _differ(value, new):
                 raise TraceError(f"it changes its own {name.lstrip('_')} at every call")
 
     def _grew(self, module: nn.Module, name: str) -> bool:
@@ -609,9 +616,10 @@ class _Tracer(torch.fx.Tracer):
         self.names: dict[int, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.arguments: list[str] = []
-        devices = {tensor.device.type for module in modules.values() for _, tensor in _tensors(module)}
+        tensors = [tensor for module in modules.values() for _, tensor in _tensors(module)]
+        devices = {tensor.device.type for tensor in tensors}
         self.device_type = devices.pop() if len(devices) == 1 else None
-        self.dtypes = {tensor.dtype for module in modules.values() for _, tensor in _tensors(module)}
+        self.dtypes = {tensor.dtype for tensor in tensors}
 
     # Arguments of the root.
 
@@ -769,4 +777,4 @@ def carries_hooks(module: nn.Module) -> bool:
 
     Besides hooks, these are parametrizations that do more than compute numbers from numbers.
     """
-    return "parametrizations" in module._modules or any(module.__dict__.get(name) for name in _HOOKS)
+    return "parametrizations" in module._modules or any(map(module.__dict__.get, _HOOKS))

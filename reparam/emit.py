@@ -66,6 +66,8 @@ def _as_layer(operator: Operator) -> Operator:
 
 def _padding_before(operator: Operator) -> Pad | None:
     """The padding that has to go before the layer of an operator, which cannot have it itself."""
+    if not isinstance(operator, Conv) or operator.has_plain_padding:
+        return None
     conv = _as_layer(operator)
     if not isinstance(conv, Conv) or _own_padding(conv) is not None:
         return None

@@ -374,7 +374,7 @@ class _Subject:
                 raise RefutedError("it remembers its calls")
             for name, value in held.attributes[part].items():
                 new = part.__dict__[name]
-                same = new is value or (type(new) is type(value) and isinstance(new, capture._ATOMS) and new == value)
+                same = new is value or (type(new) is type(value) and type(value) in capture._ATOMS and new == value)
                 contents = held.contents[part].get(name)
                 if not same or (contents is not None and not capture._same_items(new, contents)):
                     raise RefutedError("it remembers its calls")

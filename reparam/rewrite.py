@@ -127,13 +127,16 @@ class Graph:
 
     def op(self, node: Node) -> Operator | Sum | Refusal | None:
         """The operator that ``node`` applies, the sum that it is, or None."""
+        if node not in self._lifted:
+            self._lifted[node] = self._lift(node)
+        return self._lifted[node]
+
+    def _lift(self, node: Node) -> Operator | Sum | Refusal | None:
         if isinstance(node.target, Operator):
             return node.target
-        if node not in self._lifted:
-            # An operator applied to a constant is a constant, and none of anybody's business.
-            applied = any(source.op != "get_attr" for source in node.all_input_nodes)
-            self._lifted[node] = lift(node, self.modules) if applied else None
-        return self._lifted[node]
+        # An operator applied to a constant is a constant, and none of anybody's business.
+        applied = any(source.op != "get_attr" for source in node.all_input_nodes)
+        return lift(node, self.modules) if applied else None
 
     def source(self, node: Node) -> Node:
         """The activation that a linear operator reads."""
@@ -486,6 +489,9 @@ def rewrite(
             progress(min(visited, total), total, graph.path(node))
         for rule in rules:
             match rule.rewrite(node, graph):
+                case None:
+                    # What stood in the way before may be gone.
+                    missed.pop((node, rule.name), None)
                 case Rewrite() as change:
                     where = graph.path(node)
                     if verify:
@@ -504,9 +510,6 @@ def rewrite(
                     break
                 case Missed() as refusal:
                     missed[refusal.node or node, rule.name] = refusal.reason
-                case None:
-                    # What stood in the way before may be gone.
-                    missed.pop((node, rule.name), None)
     for (node, name), reason in missed.items():
         if not node._erased:
             outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
