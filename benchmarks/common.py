@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+
+from reparam.timing import Timing as Timing
+from reparam.timing import measure as measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -52,46 +50,6 @@ def training_model(name: str) -> tuple[nn.Module, Tensor]:
 def relative_error(result: Tensor, reference: Tensor) -> float:
     """Return the largest difference, relative to the largest magnitude in ``reference``."""
     return float((result - reference).abs().max() / reference.abs().max())
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds: the median and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        unit, scale = ("s", 1) if self.median >= 1 else ("ms", 1e3)
-        return f"{self.median * scale:.2f} {unit} ({self.low * scale:.2f} to {self.high * scale:.2f})"
-
-
-def measure(
-    contestants: Mapping[str, Callable[[], object]],
-    rounds: int,
-    warmups: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time each contestant once a round, so that a slow minute of the machine falls on all of them alike.
-
-    Every other round runs backwards: nobody always follows the same neighbour.
-    """
-    for run in list(contestants.values()) * warmups:
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for index in range(rounds):
-        for name in list(contestants) if index % 2 == 0 else reversed(list(contestants)):
-            gc.collect()
-            start = clock()
-            contestants[name]()
-            seconds[name].append(clock() - start)
-    return {name: _summarise(values) for name, values in seconds.items()}
-
-
-def _summarise(values: list[float]) -> Timing:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Timing(statistics.median(values), low, high)
 
 
 def write_json(path: Path | None, results: Any) -> None:

@@ -982,7 +982,7 @@ def _common_geometry(convs: Sequence[AnyConv]) -> tuple[list[_Lattice], dict[str
     lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
     padding = tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True))
     dilation = tuple(taps.step for taps in lattice)
-    geometry = {"stride": first.stride, "padding": padding, "dilation": dilation}
+    geometry: dict[str, Any] = {"stride": first.stride, "padding": padding, "dilation": dilation}
     if modes:
         geometry["padding_mode"] = modes.pop()
     return lattice, geometry

@@ -512,9 +512,9 @@ class Terminal(io.StringIO):
 
 
 def test_a_bar_appears_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_PATIENCE", 0.05)
+    monkeypatch.setattr(cli.shell, "_PATIENCE", 0.05)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with cli._Bar() as bar:
+    with cli.shell.Bar() as bar:
         bar(3, 10, "stages.0 [conv]")
         deadline = time.monotonic() + 10
         while "stages.0 [conv]" not in terminal.getvalue() and time.monotonic() < deadline:
@@ -525,18 +525,18 @@ def test_a_bar_appears_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("stream", "quiet"), [(io.StringIO, False), (Terminal, True)])
 def test_no_bar_where_nobody_looks(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], quiet: bool) -> None:
-    monkeypatch.setattr(cli, "_PATIENCE", 0.01)
+    monkeypatch.setattr(cli.shell, "_PATIENCE", 0.01)
     monkeypatch.setattr(sys, "stderr", output := stream())
-    with cli._Bar(quiet) as bar:
+    with cli.shell.Bar(quiet) as bar:
         bar(1, 2, "work")
         time.sleep(0.1)
     assert output.getvalue() == ""
 
 
 def test_no_bar_for_what_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_PATIENCE", 60.0)
+    monkeypatch.setattr(cli.shell, "_PATIENCE", 60.0)
     monkeypatch.setattr(sys, "stderr", output := Terminal())
-    with cli._Bar() as bar:
+    with cli.shell.Bar() as bar:
         bar(1, 2, "work")
     assert output.getvalue() == ""
     assert threads_of_the_bar() == 0

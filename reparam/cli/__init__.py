@@ -1,0 +1,29 @@
+"""The ``reparam`` command: fuse a checkpoint, explain what would be fused, verify two files, list known models.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 outputs disagree, 2 bad usage or input,
+3 internal error, 130 interrupted, 143 terminated. Every command has a module of its own; PyTorch takes two seconds to
+import, so what needs it is imported inside of functions: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import NoReturn
+
+from reparam.cli import explain, fuse, models, verify
+from reparam.cli.shell import app, register
+
+__all__ = ["app", "explain", "fuse", "main", "models", "verify"]
+
+for function in (fuse.fuse, explain.explain, verify.verify, models.models):
+    register(function)
+
+
+def main() -> None:
+    """Entry point of the ``reparam`` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)  # unwinds the stack, so that unfinished files are removed

@@ -1,0 +1,114 @@
+"""``reparam fuse``: a checkpoint to a deploy model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.filesize import decimal
+
+from reparam.cli.files import Reading, about_input, ask_for_shape, inputs_of, parse_shape, read, resolve
+from reparam.cli.shell import (
+    Bar,
+    Debug,
+    Ema,
+    InputSize,
+    Json,
+    Model,
+    Quiet,
+    UnsafeLoad,
+    counts_table,
+    print_json,
+    stdout,
+)
+from reparam.errors import CaptureError, ReparamError, VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from reparam.checkpoint import Network
+    from reparam.export import Exported
+    from reparam.report import Report
+
+
+def fuse(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="Training checkpoint (.pth, .pt, .safetensors), or .pt2.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help=".pth, .safetensors or .onnx. [default: NAME_deploy.pth beside the input]"),
+    ] = None,
+    model: Model = None,
+    input_size: InputSize = None,
+    unsafe_load: UnsafeLoad = False,
+    ema: Ema = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write without checking anything.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compile the network in a checkpoint, verify it, and write the deploy model.
+
+    The input file is never changed, and the output appears complete or not at all.
+    """
+    output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
+    if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
+        raise ReparamError(f"{output}: the output must end in .pth, .pt, .safetensors or .onnx")
+    how = Reading(model, parse_shape(input_size), unsafe_load, ema)
+    with Bar(quiet) as bar:
+        import reparam
+        from reparam.storage import check_destination
+
+        source = read(checkpoint, how)
+        check_destination(output, never=(checkpoint,))
+        network = resolve(source, how)
+        inputs = inputs_of(network, how)
+        if output.suffix == ".onnx" and inputs is None:
+            ask_for_shape(network.name, "export")
+        try:
+            deploy = reparam.compile(network.model, inputs, verify=not no_verify, progress=bar)
+        except VerificationError as error:
+            raise VerificationError(f"{checkpoint}: {error}; nothing was written", error.comparison) from error
+        except CaptureError as error:
+            raise CaptureError(f"{checkpoint}: {error}") from error
+        bar(None, None, f"writing {output.name}")
+        exported = _write(deploy, network, output, inputs)
+    report = cast("Report", deploy.report)
+    if as_json:
+        about = {**about_input(checkpoint, source, network), "output": str(output)}
+        onnx = {} if exported is None else {"onnx": _onnx_dict(exported)}
+        print_json(about | onnx | {"report": report.to_dict()})
+    elif not quiet:
+        _print_fused(checkpoint, network, output, report, exported)
+
+
+def _write(deploy: nn.Module, network: Network, output: Path, inputs: Tensor | None) -> Exported | None:
+    if output.suffix == ".onnx":
+        from reparam.export import export_onnx
+
+        assert inputs is not None
+        return export_onnx(deploy, output, inputs)
+    from reparam.storage import save
+
+    save(deploy, output, metadata={"model": network.name, "input_shape": network.input_shape})
+    return None
+
+
+def _onnx_dict(exported: Exported) -> dict[str, Any]:
+    return {key: value for key, value in asdict(exported).items() if key != "path"}
+
+
+def _print_fused(path: Path, network: Network, output: Path, report: Report, exported: Exported | None) -> None:
+    console = stdout()
+    console.print(f"{path} is {network.name}")
+    console.print(counts_table(report.to_dict()))
+    print(f"before and after: {report.comparison or 'not compared'}")
+    if exported is not None:
+        print(f"PyTorch and onnxruntime: {exported.comparison}")
+    kind = f"opset {exported.opset}, {exported.nodes} operators, " if exported else ""
+    if exported and not exported.dynamic_batch:
+        kind += "batches of one only, "
+    print(f"{output}: {kind}{decimal(output.stat().st_size)}")

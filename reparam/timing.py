@@ -1,0 +1,49 @@
+"""Timing several things side by side, so that they can be compared on a machine that has other things to do."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        unit, scale = ("s", 1) if self.median >= 1 else ("ms", 1e3)
+        return f"{self.median * scale:.2f} {unit} ({self.low * scale:.2f} to {self.high * scale:.2f})"
+
+
+def measure(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmups: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time each contestant once a round, so that a slow minute of the machine falls on all of them alike.
+
+    Every other round runs backwards: nobody always follows the same neighbour.
+    """
+    for run in list(contestants.values()) * warmups:
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for index in range(rounds):
+        for name in list(contestants) if index % 2 == 0 else reversed(list(contestants)):
+            gc.collect()
+            start = clock()
+            contestants[name]()
+            seconds[name].append(clock() - start)
+    return {name: _summarise(values) for name, values in seconds.items()}
+
+
+def _summarise(values: Sequence[float]) -> Timing:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(statistics.median(values), low, high)
