@@ -1,0 +1,381 @@
+"""One self-contained HTML page about a compilation: drawings, counts, remarks, verification, latencies.
+
+The page asks for nothing from anywhere, runs no script, and follows the reader's light or dark colours. Whatever it
+says of a model is escaped: names of modules are untrusted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time as clock
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.export
+import torch.fx
+from torch import nn
+from torch.fx import Node
+
+from reparam import capture as capturing
+from reparam import drawing, measure, timing
+from reparam.drawing import Diagram
+from reparam.errors import ReparamError
+from reparam.report import Remark, Report
+from reparam.rewrite import Graph
+from reparam.storage import atomic_write
+from reparam.verify import as_call
+
+_LARGEST = 40  # boxes in one drawing, where a module can be drawn in parts
+_TOO_LARGE = 150  # for any drawing
+_SECONDS = 10.0  # what timing may take
+_ROUNDS = 5, 50  # at least, and at most
+_CHART_ROW = 72  # pixels
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module of which a network has one or several, all of one structure.
+
+    Attributes:
+        kind: Its class.
+        paths: Where it is.
+        before: What it computes in training form.
+        after: What is left of it; empty where its parts went into layers elsewhere.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    before: Diagram
+    after: Diagram
+
+    @property
+    def changed(self) -> bool:
+        """Whether compiling it made a difference."""
+        return self.before != self.after
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A bar of the chart.
+
+    Attributes:
+        name: What was run.
+        timing: Seconds.
+        compiled: Whether it is a compiled graph.
+    """
+
+    name: str
+    timing: timing.Timing
+    compiled: bool
+
+
+def write(
+    path: str | Path,
+    model: nn.Module | torch.export.ExportedProgram,
+    compiled: nn.Module,
+    example_inputs: Any = None,
+    *,
+    title: str | None = None,
+    latencies: Sequence[Latency] = (),
+) -> None:
+    """Write the page on a compilation, completely or not at all.
+
+    Args:
+        path: The ``.html`` file.
+        model: The training-time model.
+        compiled: What :func:`reparam.compile` made of it.
+        example_inputs: As :func:`reparam.compile` was given.
+        title: The heading; the model's class when left out.
+        latencies: What to chart, from :func:`time` or elsewhere.
+
+    Raises:
+        ReparamError: ``compiled`` has no report.
+        ExportError: ``path`` cannot be written.
+    """
+    text = render(model, compiled, example_inputs, title=title, latencies=latencies)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def render(
+    model: nn.Module | torch.export.ExportedProgram,
+    compiled: nn.Module,
+    example_inputs: Any = None,
+    *,
+    title: str | None = None,
+    latencies: Sequence[Latency] = (),
+) -> str:
+    """The page as text; arguments and errors as for :func:`write`."""
+    from jinja2 import Environment, PackageLoader
+
+    report = getattr(compiled, "report", None)
+    if not isinstance(report, Report):
+        raise ReparamError(f"a {type(compiled).__name__} has no report; give what reparam.compile returned")
+    blocks = distinct_blocks(model, compiled, example_inputs)
+    environment = Environment(
+        loader=PackageLoader("reparam", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(number=_number, change=_change, plural=_plural)
+    facts = _facts(model, report, example_inputs)
+    return environment.get_template("report.html").render(
+        title=title or facts["Class"],
+        facts=facts,
+        report=report,
+        counts=_counts(report),
+        blocks=[_drawn(block, f"block-{index}") for index, block in enumerate(blocks) if block.changed],
+        unchanged=[block for block in blocks if not block.changed],
+        remarks=[(kind, _grouped(r for r in report.remarks if r.kind == kind)) for kind in _KINDS],
+        latencies=latencies,
+        chart=_chart(latencies),
+        compiled_inside=not isinstance(compiled, torch.fx.GraphModule),
+    )
+
+
+_KINDS = ("missed", "fused", "capture")
+
+
+# --- Blocks -------------------------------------------------------------------------------------------------------
+
+
+def distinct_blocks(
+    model: nn.Module | torch.export.ExportedProgram, compiled: nn.Module, example_inputs: Any = None
+) -> list[Block]:
+    """The blocks that a network is made of, each structure once, in the order in which they run.
+
+    A module is a block that computes something of its own, such as a sum of its branches, or has layers of its own,
+    and is small enough to be drawn; a module that only calls others one after the other is drawn in parts. Two are
+    the same where their classes are, and the drawings of both, before and after, with all channels and sizes.
+
+    Args:
+        model: The training-time model.
+        compiled: What :func:`reparam.compile` made of it.
+        example_inputs: As :func:`reparam.compile` was given.
+    """
+    found: dict[tuple[str, Diagram, Diagram], list[str]] = {}
+    for prefix, before, after in _graphs(model, compiled, example_inputs):
+        for part in _parts(before):
+            was, is_now = (drawing.diagram(part.nodes(graph), graph) for graph in (before, after))
+            if was.calls:
+                where = ".".join(filter(None, (prefix, part.path)))
+                found.setdefault((part.kind(before), was, is_now), []).append(where)
+    return [Block(kind, tuple(paths), was, is_now) for (kind, was, is_now), paths in found.items()]
+
+
+def _graphs(
+    model: nn.Module | torch.export.ExportedProgram, compiled: nn.Module, example_inputs: Any
+) -> Iterator[tuple[str, Graph, Graph]]:
+    """Every graph in a compiled model under its path, before and after."""
+    inner = {path: part for path, part in compiled.named_modules() if isinstance(part, torch.fx.GraphModule)}
+    for path, part in inner.items():
+        try:
+            captured = _captured(model, path, example_inputs)
+        except (ReparamError, AttributeError):  # a part of something that is no module of the model
+            continue
+        if captured.traced:
+            after = dict(part.named_modules())
+            yield path, Graph(captured.graph, captured.modules), Graph(part.graph, after)
+
+
+def _captured(
+    model: nn.Module | torch.export.ExportedProgram, path: str, example_inputs: Any
+) -> capturing.Capture:
+    """The training graph of a model or one of its parts, read as the compiler reads it."""
+    from reparam import exported
+
+    if isinstance(model, torch.export.ExportedProgram):
+        return exported.read(model)[1]
+    if path:
+        part = capturing.unwrapped(model).get_submodule(path)
+        return capturing.trace(capturing.private_copy(part), assume_tensor=False)
+    call = None if example_inputs is None else as_call(example_inputs)
+    captured = capturing.capture(model, call)
+    return captured if captured.traced or call is None else exported.capture(model, call)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module, without those inside of it that are drawn by themselves."""
+
+    path: str
+    without: tuple[str, ...] = ()
+
+    def nodes(self, graph: Graph) -> list[Node]:
+        """Its nodes, before or after."""
+        return [
+            node
+            for node in graph.fx.nodes
+            if node.op != "output"
+            and _is_within(_scope(node), self.path)
+            and not any(_is_within(_scope(node), other) for other in self.without)
+        ]
+
+    def kind(self, graph: Graph) -> str:
+        """What the reader is told that it is."""
+        name = type(graph.modules[self.path]).__name__
+        return f"{name}, its own layers" if self.without else name
+
+
+def _scope(node: Node) -> str:
+    scope = node.meta.get("scope")
+    return str(node.target if scope is None and node.op == "call_module" else scope or "")
+
+
+def _is_within(path: str, outer: str) -> bool:
+    return not outer or path == outer or path.startswith(outer + ".")
+
+
+def _parts(graph: Graph, path: str = "") -> Iterator[_Part]:
+    """What to draw in or below the module at ``path``, in the order in which it runs."""
+    nodes = [node for node in _Part(path).nodes(graph) if measure.kinds_of(node, graph.modules)]
+    sizes = Counter(_child(path, _scope(node)) for node in nodes)
+    inner = tuple(child for child, size in sizes.items() if child is not None and size > 1)
+    loose = [node for node in nodes if _child(path, _scope(node)) not in inner]
+    composes = all(measure.kinds_of(node, graph.modules)[0] == "other" for node in loose)
+    branches = any(sum(source.op != "get_attr" for source in node.all_input_nodes) > 1 for node in nodes)
+    if not inner or (len(nodes) <= _LARGEST and not (composes and branches)):
+        if nodes:
+            yield _Part(path)
+        return
+    if not composes:
+        yield _Part(path, inner)
+    for child in inner:
+        yield from _parts(graph, child)
+
+
+def _child(path: str, scope: str) -> str | None:
+    """The module directly inside of ``path`` that ``scope`` is, or lies in."""
+    if scope == path:
+        return None
+    end = scope.find(".", len(path) + 1 if path else 0)
+    return scope if end < 0 else scope[:end]
+
+
+def _drawn(block: Block, name: str) -> dict[str, Any]:
+    """A block as the template shows it."""
+    from markupsafe import Markup
+
+    def draw(diagram: Diagram, form: str) -> str | None:
+        if len(diagram.boxes) > _TOO_LARGE:
+            return None
+        return drawing.svg(diagram, f"{name}-{form}", f"{block.kind}, {form} compiling")
+
+    sides = {form: draw(diagram, form) for form, diagram in (("before", block.before), ("after", block.after))}
+    return {"block": block, **{form: side and Markup(side) for form, side in sides.items()}}  # escaped by svg
+
+
+# --- Words and numbers --------------------------------------------------------------------------------------------
+
+
+def _facts(model: nn.Module | torch.export.ExportedProgram, report: Report, example_inputs: Any) -> dict[str, str]:
+    """What the model is, and what it was compiled with."""
+    from importlib.metadata import version
+
+    plain = model if isinstance(model, torch.export.ExportedProgram) else capturing.unwrapped(model)
+    facts = {"Class": f"{type(plain).__module__}.{type(plain).__qualname__}"}
+    if example_inputs is not None:
+        tensors = torch.utils._pytree.tree_leaves(as_call(example_inputs))
+        facts["Example inputs"] = ", ".join(
+            f"{'×'.join(map(str, leaf.shape)) or 'a number'} {str(leaf.dtype).removeprefix('torch.')}"
+            for leaf in tensors
+            if isinstance(leaf, torch.Tensor)
+        )
+    saved = report.before.kernels - report.after.kernels
+    facts["Rewrites"] = f"{len(report.fused):,}, which save {saved:,} of {report.before.kernels:,} kernels"
+    facts["Made with"] = f"reparam {version('reparam')}, torch {torch.__version__}, {platform.machine()}"
+    facts["On"] = datetime.date.today().isoformat()
+    return facts
+
+
+def _counts(report: Report) -> list[tuple[str, int, int]]:
+    """Rows of the table of counts."""
+    after = asdict(report.after)
+    return [
+        (name.replace("_", "-"), before, after[name])
+        for name, before in asdict(report.before).items()
+        if before is not None and (before or after[name])
+    ]
+
+
+def _grouped(remarks: Iterable[Remark]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Remarks as (rule, [(message, places)]), those that say the same of several places together."""
+    rules: dict[str, dict[str, list[str]]] = {}
+    for remark in remarks:
+        rules.setdefault(remark.rule, {}).setdefault(remark.message, []).append(remark.where or "(model)")
+    return [(rule, list(messages.items())) for rule, messages in rules.items()]
+
+
+def _number(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _change(before: int, after: int) -> str:
+    """How much less or more, in per cent."""
+    return "" if not before or before == after else f"{(after - before) / before:+.0%}".replace("-", "−")
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+# --- Latencies ----------------------------------------------------------------------------------------------------
+
+
+def time(
+    model: nn.Module | torch.export.ExportedProgram, compiled: nn.Module, example_inputs: Any
+) -> tuple[Latency, Latency]:
+    """Time the training graph against the compiled one on this machine, in eager mode, one call each in turns.
+
+    Takes about ten seconds, or five calls of each, whichever is more; at most fifty calls of each.
+
+    Args:
+        model: The training-time model; it is run in eval mode.
+        compiled: What :func:`reparam.compile` made of it.
+        example_inputs: What to run both on.
+    """
+    args, kwargs = as_call(example_inputs)
+    trained = model.module() if isinstance(model, torch.export.ExportedProgram) else capturing.in_eval_mode(model)
+    contestants = {
+        "training graph": lambda: trained(*args, **kwargs),
+        "compiled graph": lambda: compiled(*args, **kwargs),
+    }
+    with torch.inference_mode():
+        trained(*args, **kwargs)  # the first call of all pays for what is set up once
+        start = clock.perf_counter()
+        timing.measure(contestants, 2, warmups=1)
+        seconds = (clock.perf_counter() - start) / 3
+        low, high = _ROUNDS
+        measured = timing.measure(contestants, min(max(low, int(_SECONDS / seconds)), high))
+    return (
+        Latency("training graph, PyTorch eager", measured["training graph"], False),
+        Latency("compiled graph, PyTorch eager", measured["compiled graph"], True),
+    )
+
+
+def _chart(latencies: Sequence[Latency]) -> dict[str, Any] | None:
+    """The chart's geometry, across in per cent of its width, so that it fits every screen with letters of one size."""
+    if not latencies:
+        return None
+    scale = 100 / max(latency.timing.high for latency in latencies)
+    slowest = latencies[0].timing.median
+    rows = [
+        {
+            "latency": latency,
+            "y": index * _CHART_ROW,
+            "text": _milliseconds(latency.timing),
+            "ratio": f"{slowest / latency.timing.median:.2f}× as fast" if index else "",
+            "median": latency.timing.median * scale,
+            "low": latency.timing.low * scale,
+            "high": latency.timing.high * scale,
+        }
+        for index, latency in enumerate(latencies)
+    ]
+    return {"rows": rows, "height": len(rows) * _CHART_ROW, "threads": torch.get_num_threads()}
+
+
+def _milliseconds(measured: timing.Timing) -> str:
+    return f"{measured.median * 1e3:.2f} ms ({measured.low * 1e3:.2f} to {measured.high * 1e3:.2f})"
