@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
-from typing import Any, TypeAlias
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch.fx
-from torch import nn
 from torch.fx import Node
 
 from reparam import facts, measure
@@ -89,7 +89,9 @@ def diagram(nodes: Iterable[Node], graph: Graph) -> Diagram:
         source = _behind_no_ops(node, graph)
         if source not in place:
             place[source] = len(boxes)
-            boxes.append(box(source, graph) if source in shown and source.op != "placeholder" else Box("value", "input"))
+            boxes.append(
+                box(source, graph) if source in shown and source.op != "placeholder" else Box("value", "input")
+            )
         return place[source]
 
     for node in inside:
@@ -215,66 +217,95 @@ def arrange(diagram: Diagram, widths: Sequence[float], gap: float, lane: float) 
         gap: Between neighbours.
         lane: Width of what an edge needs where it passes a row.
     """
-    row: list[int] = [0] * len(diagram.boxes)
-    for source, reader in sorted(diagram.edges, key=lambda edge: edge[1]):
-        row[reader] = max(row[reader], row[source] + 1)
-    # Outer inputs stand right above their first reader.
-    for index in range(len(row)):
-        readers = [row[b] for a, b in diagram.edges if a == index]
-        if readers and not any(b == index for _, b in diagram.edges):
-            row[index] = min(readers) - 1
-
-    # Items are boxes, and, negative, the lanes of edges.
-    rows: list[list[int]] = [[] for _ in range(max(row, default=0) + 1)]
-    width = dict(enumerate(widths))
-    above: dict[int, list[int]] = {}
-    below: dict[int, list[int]] = {}
-    paths: dict[Edge, list[int]] = {}
-    for index, level in enumerate(row):
-        rows[level].append(index)
-    for source, reader in diagram.edges:
-        path = [source]
-        for level in range(row[source] + 1, row[reader]):
-            path.append(-len(width))
-            width[path[-1]] = lane
-            rows[level].append(path[-1])
-        path.append(reader)
-        paths[source, reader] = path
-        for a, b in zip(path, path[1:], strict=False):
-            below.setdefault(a, []).append(b)
-            above.setdefault(b, []).append(a)
-
-    x = {item: float(position) for items in rows for position, item in enumerate(items)}
-    for sweep in range(_SWEEPS):
-        neighbours, order = (above, rows) if sweep % 2 == 0 else (below, rows[::-1])
-        for items in order:
-            items.sort(key=lambda item: _mean([x[other] for other in neighbours.get(item, [])], x[item]))
-            x.update((item, float(position)) for position, item in enumerate(items))
-    for items in rows:
-        x.update(_spread(items, dict.fromkeys(items, 0.0), width, gap))
-    pulls = _pulls(above, below)
-    for sweep in range(8 * _SWEEPS):
-        for items in rows if sweep % 2 == 0 else rows[::-1]:
-            near = {item: [x[other] for other in pulls.get(item, [])] for item in items}
-            x.update(_spread(items, {item: _mean(near[item], x[item]) for item in items}, width, gap))
-
-    level_of = {item: float(level) for level, items in enumerate(rows) for item in items}
+    rows = _Rows.of(diagram, widths, lane)
+    rows.sort()
+    x = rows.placed(gap)
+    level = {item: float(index) for index, items in enumerate(rows.items) for item in items}
     return Layout(
-        tuple((x[index], level_of[index]) for index in range(len(row))),
-        {edge: [(x[item], level_of[item]) for item in path] for edge, path in paths.items()},
+        tuple((x[index], level[index]) for index in range(len(diagram.boxes))),
+        {edge: [(x[item], level[item]) for item in path] for edge, path in rows.paths.items()},
     )
 
 
-def _pulls(above: Mapping[int, Sequence[int]], below: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-    """What draws each item to itself, the more often the straighter the line between the two should be."""
-    found: dict[int, list[int]] = {}
-    for source, readers in below.items():
-        for reader in readers:
-            alone = len(readers) == 1 and len(above[reader]) == 1
-            times = _STRAIGHT if alone else 1
-            found.setdefault(source, []).extend([reader] * times)
-            found.setdefault(reader, []).extend([source] * times)
-    return found
+def _levels(diagram: Diagram) -> list[int]:
+    """The row of each box: below all that it reads; what comes from outside right above its first reader."""
+    level = [0] * len(diagram.boxes)
+    for source, reader in sorted(diagram.edges, key=lambda edge: edge[1]):
+        level[reader] = max(level[reader], level[source] + 1)
+    read = {source for source, _ in diagram.edges} - {reader for _, reader in diagram.edges}
+    for index in read:
+        level[index] = min(level[reader] for source, reader in diagram.edges if source == index) - 1
+    return level
+
+
+@dataclass
+class _Rows:
+    """Rows of items: boxes by their positions, and, as negative numbers, the lanes of edges that pass a row.
+
+    Attributes:
+        items: Of each row, from the left.
+        width: Of each item.
+        paths: The items that each edge runs through.
+        above: What each item hangs from, in the row above.
+        below: What hangs from it.
+    """
+
+    items: list[list[int]]
+    width: dict[int, float]
+    paths: dict[Edge, list[int]] = field(default_factory=dict)
+    above: dict[int, list[int]] = field(default_factory=dict)
+    below: dict[int, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, diagram: Diagram, widths: Sequence[float], lane: float) -> _Rows:
+        """All boxes in their rows, and a lane wherever an edge passes one."""
+        level = _levels(diagram)
+        rows = cls([[] for _ in range(max(level, default=0) + 1)], dict(enumerate(widths)))
+        for index, row in enumerate(level):
+            rows.items[row].append(index)
+        for source, reader in diagram.edges:
+            path = [source]
+            for row in range(level[source] + 1, level[reader]):
+                path.append(-len(rows.width))
+                rows.width[path[-1]] = lane
+                rows.items[row].append(path[-1])
+            rows.paths[source, reader] = [*path, reader]
+            for upper, lower in pairwise([*path, reader]):
+                rows.below.setdefault(upper, []).append(lower)
+                rows.above.setdefault(lower, []).append(upper)
+        return rows
+
+    def sort(self) -> None:
+        """Order every row by where its neighbours are in the next one, down and up again."""
+        x = {item: float(position) for items in self.items for position, item in enumerate(items)}
+        for sweep in range(_SWEEPS):
+            neighbours, rows = (self.above, self.items) if sweep % 2 == 0 else (self.below, self.items[::-1])
+            for items in rows:
+                items.sort(key=lambda item: _mean([x[other] for other in neighbours.get(item, [])], x[item]))
+                x.update((item, float(position)) for position, item in enumerate(items))
+
+    def placed(self, gap: float) -> dict[int, float]:
+        """Where each item lies across."""
+        x: dict[int, float] = {}
+        for items in self.items:
+            x.update(_spread(items, dict.fromkeys(items, 0.0), self.width, gap))
+        pulls = self._pulls()
+        for sweep in range(8 * _SWEEPS):
+            for items in self.items if sweep % 2 == 0 else self.items[::-1]:
+                wanted = {item: _mean([x[other] for other in pulls.get(item, [])], x[item]) for item in items}
+                x.update(_spread(items, wanted, self.width, gap))
+        return x
+
+    def _pulls(self) -> dict[int, list[int]]:
+        """What draws each item to itself, the more often the straighter the line between the two should be."""
+        found: dict[int, list[int]] = {}
+        for source, readers in self.below.items():
+            for reader in readers:
+                alone = len(readers) == 1 and len(self.above[reader]) == 1
+                times = _STRAIGHT if alone else 1
+                found.setdefault(source, []).extend([reader] * times)
+                found.setdefault(reader, []).extend([source] * times)
+        return found
 
 
 def _mean(values: Sequence[float], otherwise: float) -> float:
@@ -286,7 +317,7 @@ def _spread(
 ) -> dict[int, float]:
     """The places nearest to those wanted, in squares, that keep the order and leave a gap between neighbours."""
     offsets = [0.0]
-    for left, right in zip(items, items[1:], strict=False):
+    for left, right in pairwise(items):
         offsets.append(offsets[-1] + (width[left] + width[right]) / 2 + gap)
     pools: list[tuple[float, int]] = []  # mean and size; neighbours that would overlap move as one
     for item, offset in zip(items, offsets, strict=True):
@@ -325,10 +356,19 @@ def svg(diagram: Diagram, name: str, title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" aria-labelledby="{name}-t {name}-d" '
         f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(str(diagram))}</desc>'
+        f'<title id="{name}-t">{_escaped(title)}</title><desc id="{name}-d">{_escaped(str(diagram))}</desc>'
         + "".join(parts)
         + "</svg>"
     )
+
+
+def printable(text: str) -> str:
+    """A text without what no page can show, or what changes the order of letters; names may hold anything."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def _escaped(text: str) -> str:
+    return escape(printable(text))
 
 
 def _width(box: Box) -> float:
@@ -341,7 +381,7 @@ def _box(box: Box, middle: Point, width: float) -> str:
     if box.kind == "sign":
         return (
             f'<g class="{box.kind}"><circle cx="{x:.1f}" cy="{y:.1f}" r="{_HEIGHT / 2:g}"/>'
-            f'<text x="{x:.1f}" y="{y:.1f}">{escape(box.title)}</text></g>'
+            f'<text x="{x:.1f}" y="{y:.1f}">{_escaped(box.title)}</text></g>'
         )
     radius = _HEIGHT / 2 if box.kind == "value" else 6
     shape = (
@@ -351,10 +391,8 @@ def _box(box: Box, middle: Point, width: float) -> str:
     title_y, detail = y, ""
     if box.detail:
         title_y = y - 7
-        detail = f'<text class="detail" x="{x:.1f}" y="{y + 9:.1f}">{escape(box.detail)}</text>'
-    return (
-        f'<g class="{box.kind}">{shape}<text x="{x:.1f}" y="{title_y:.1f}">{escape(box.title)}</text>{detail}</g>'
-    )
+        detail = f'<text class="detail" x="{x:.1f}" y="{y + 9:.1f}">{_escaped(box.detail)}</text>'
+    return f'<g class="{box.kind}">{shape}<text x="{x:.1f}" y="{title_y:.1f}">{_escaped(box.title)}</text>{detail}</g>'
 
 
 def _curve(points: Sequence[Point]) -> str:

@@ -7,6 +7,7 @@ says of a model is escaped: names of modules are untrusted.
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import time as clock
 from collections import Counter
@@ -23,6 +24,7 @@ from torch.fx import Node
 
 from reparam import capture as capturing
 from reparam import drawing, measure, timing
+from reparam.checkpoint import first_line
 from reparam.drawing import Diagram
 from reparam.errors import ReparamError
 from reparam.report import Remark, Report
@@ -61,7 +63,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Latency:
-    """A bar of the chart.
+    """A bar of a chart.
 
     Attributes:
         name: What was run.
@@ -74,6 +76,19 @@ class Latency:
     compiled: bool
 
 
+@dataclass(frozen=True)
+class Chart:
+    """Latencies that were measured in one run.
+
+    Attributes:
+        conditions: What was run how, such as ``1×3×224×224, 2 threads``.
+        bars: One each; the others are compared with the first.
+    """
+
+    conditions: str
+    bars: tuple[Latency, ...]
+
+
 def write(
     path: str | Path,
     model: nn.Module | torch.export.ExportedProgram,
@@ -81,7 +96,7 @@ def write(
     example_inputs: Any = None,
     *,
     title: str | None = None,
-    latencies: Sequence[Latency] = (),
+    charts: Sequence[Chart] = (),
 ) -> None:
     """Write the page on a compilation, completely or not at all.
 
@@ -91,13 +106,13 @@ def write(
         compiled: What :func:`reparam.compile` made of it.
         example_inputs: As :func:`reparam.compile` was given.
         title: The heading; the model's class when left out.
-        latencies: What to chart, from :func:`time` or elsewhere.
+        charts: Latencies to draw, from :func:`time` or :func:`chart_of`.
 
     Raises:
         ReparamError: ``compiled`` has no report.
         ExportError: ``path`` cannot be written.
     """
-    text = render(model, compiled, example_inputs, title=title, latencies=latencies)
+    text = render(model, compiled, example_inputs, title=title, charts=charts)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -108,7 +123,7 @@ def render(
     example_inputs: Any = None,
     *,
     title: str | None = None,
-    latencies: Sequence[Latency] = (),
+    charts: Sequence[Chart] = (),
 ) -> str:
     """The page as text; arguments and errors as for :func:`write`."""
     from jinja2 import Environment, PackageLoader
@@ -118,7 +133,11 @@ def render(
         raise ReparamError(f"a {type(compiled).__name__} has no report; give what reparam.compile returned")
     blocks = distinct_blocks(model, compiled, example_inputs)
     environment = Environment(
-        loader=PackageLoader("reparam", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("reparam", "templates"),
+        autoescape=True,
+        finalize=lambda value: drawing.printable(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(number=_number, change=_change, plural=_plural)
     facts = _facts(model, report, example_inputs)
@@ -130,9 +149,7 @@ def render(
         blocks=[_drawn(block, f"block-{index}") for index, block in enumerate(blocks) if block.changed],
         unchanged=[block for block in blocks if not block.changed],
         remarks=[(kind, _grouped(r for r in report.remarks if r.kind == kind)) for kind in _KINDS],
-        latencies=latencies,
-        chart=_chart(latencies),
-        compiled_inside=not isinstance(compiled, torch.fx.GraphModule),
+        charts=[_drawn_chart(chart) for chart in charts if chart.bars],
     )
 
 
@@ -181,9 +198,7 @@ def _graphs(
             yield path, Graph(captured.graph, captured.modules), Graph(part.graph, after)
 
 
-def _captured(
-    model: nn.Module | torch.export.ExportedProgram, path: str, example_inputs: Any
-) -> capturing.Capture:
+def _captured(model: nn.Module | torch.export.ExportedProgram, path: str, example_inputs: Any) -> capturing.Capture:
     """The training graph of a model or one of its parts, read as the compiler reads it."""
     from reparam import exported
 
@@ -278,17 +293,21 @@ def _facts(model: nn.Module | torch.export.ExportedProgram, report: Report, exam
     plain = model if isinstance(model, torch.export.ExportedProgram) else capturing.unwrapped(model)
     facts = {"Class": f"{type(plain).__module__}.{type(plain).__qualname__}"}
     if example_inputs is not None:
-        tensors = torch.utils._pytree.tree_leaves(as_call(example_inputs))
-        facts["Example inputs"] = ", ".join(
-            f"{'×'.join(map(str, leaf.shape)) or 'a number'} {str(leaf.dtype).removeprefix('torch.')}"
-            for leaf in tensors
-            if isinstance(leaf, torch.Tensor)
-        )
+        facts["Example inputs"] = _shapes(example_inputs)
     saved = report.before.kernels - report.after.kernels
     facts["Rewrites"] = f"{len(report.fused):,}, which save {saved:,} of {report.before.kernels:,} kernels"
     facts["Made with"] = f"reparam {version('reparam')}, torch {torch.__version__}, {platform.machine()}"
     facts["On"] = datetime.date.today().isoformat()
     return facts
+
+
+def _shapes(example_inputs: Any) -> str:
+    """The tensors of a call: ``1×3×224×224 float32``."""
+    return ", ".join(
+        f"{'×'.join(map(str, leaf.shape)) or 'one number'} {str(leaf.dtype).removeprefix('torch.')}"
+        for leaf in torch.utils._pytree.tree_leaves(as_call(example_inputs))
+        if isinstance(leaf, torch.Tensor)
+    )
 
 
 def _counts(report: Report) -> list[tuple[str, int, int]]:
@@ -325,9 +344,7 @@ def _plural(count: int, word: str) -> str:
 # --- Latencies ----------------------------------------------------------------------------------------------------
 
 
-def time(
-    model: nn.Module | torch.export.ExportedProgram, compiled: nn.Module, example_inputs: Any
-) -> tuple[Latency, Latency]:
+def time(model: nn.Module | torch.export.ExportedProgram, compiled: nn.Module, example_inputs: Any) -> Chart:
     """Time the training graph against the compiled one on this machine, in eager mode, one call each in turns.
 
     Takes about ten seconds, or five calls of each, whichever is more; at most fifty calls of each.
@@ -340,42 +357,63 @@ def time(
     args, kwargs = as_call(example_inputs)
     trained = model.module() if isinstance(model, torch.export.ExportedProgram) else capturing.in_eval_mode(model)
     contestants = {
-        "training graph": lambda: trained(*args, **kwargs),
-        "compiled graph": lambda: compiled(*args, **kwargs),
+        "training graph, eager": lambda: trained(*args, **kwargs),
+        "compiled graph, eager": lambda: compiled(*args, **kwargs),
     }
     with torch.inference_mode():
-        trained(*args, **kwargs)  # the first call of all pays for what is set up once
         start = clock.perf_counter()
-        timing.measure(contestants, 2, warmups=1)
+        measured = timing.measure(contestants, 2)
         seconds = (clock.perf_counter() - start) / 3
-        low, high = _ROUNDS
-        measured = timing.measure(contestants, min(max(low, int(_SECONDS / seconds)), high))
-    return (
-        Latency("training graph, PyTorch eager", measured["training graph"], False),
-        Latency("compiled graph, PyTorch eager", measured["compiled graph"], True),
-    )
+        fewest, most = _ROUNDS
+        measured = timing.measure(contestants, min(max(fewest, int(_SECONDS / seconds)), most), warmups=0)
+    conditions = f"{_shapes(example_inputs)}, {_plural(torch.get_num_threads(), 'thread')}, PyTorch"
+    return Chart(conditions, tuple(Latency(name, it, "compiled" in name) for name, it in measured.items()))
 
 
-def _chart(latencies: Sequence[Latency]) -> dict[str, Any] | None:
-    """The chart's geometry, across in per cent of its width, so that it fits every screen with letters of one size."""
-    if not latencies:
-        return None
-    scale = 100 / max(latency.timing.high for latency in latencies)
-    slowest = latencies[0].timing.median
+def chart_of(benchmark: Any) -> Chart:
+    """What ``reparam bench --json`` printed, as a chart.
+
+    Args:
+        benchmark: The JSON value; its ``rows`` have ``graph``, ``runtime`` and ``seconds``.
+
+    Raises:
+        ReparamError: It is something else.
+    """
+    try:
+        bars = tuple(
+            Latency(f"{row['graph']} graph, {row['runtime']}", _timing(row["seconds"]), "compiled" in row["graph"])
+            for row in benchmark["rows"]
+            if row["seconds"] is not None
+        )
+        conditions = f"{benchmark['model']}, {_plural(int(benchmark['threads']), 'thread')}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReparamError(
+            f"this is not what reparam bench --json prints ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return Chart(conditions, bars)
+
+
+def _timing(seconds: Any) -> timing.Timing:
+    found = timing.Timing(*(float(seconds[name]) for name in ("median", "low", "high")))
+    if not 0 < found.low <= found.median <= found.high < math.inf:
+        raise ValueError(f"{seconds} are no times")
+    return found
+
+
+def _drawn_chart(chart: Chart) -> dict[str, Any]:
+    """A chart's geometry, across in per cent of its width, so that it fits every screen with letters of one size."""
+    scale = 100 / max(bar.timing.high for bar in chart.bars)
+    slowest = chart.bars[0].timing.median
     rows = [
         {
-            "latency": latency,
+            "latency": bar,
             "y": index * _CHART_ROW,
-            "text": _milliseconds(latency.timing),
-            "ratio": f"{slowest / latency.timing.median:.2f}× as fast" if index else "",
-            "median": latency.timing.median * scale,
-            "low": latency.timing.low * scale,
-            "high": latency.timing.high * scale,
+            "text": f"{bar.timing.median * 1e3:.2f} ms ({bar.timing.low * 1e3:.2f} to {bar.timing.high * 1e3:.2f})",
+            "ratio": f"{slowest / bar.timing.median:.2f}× as fast" if index else "",
+            "median": bar.timing.median * scale,
+            "low": bar.timing.low * scale,
+            "high": bar.timing.high * scale,
         }
-        for index, latency in enumerate(latencies)
+        for index, bar in enumerate(chart.bars)
     ]
-    return {"rows": rows, "height": len(rows) * _CHART_ROW, "threads": torch.get_num_threads()}
-
-
-def _milliseconds(measured: timing.Timing) -> str:
-    return f"{measured.median * 1e3:.2f} ms ({measured.low * 1e3:.2f} to {measured.high * 1e3:.2f})"
+    return {"conditions": chart.conditions, "rows": rows, "height": len(rows) * _CHART_ROW}
