@@ -110,8 +110,11 @@ def diagram(nodes: Iterable[Node], graph: Graph) -> Diagram:
 
 
 def diagram_of(model: torch.fx.GraphModule) -> Diagram:
-    """A whole graph module as a diagram."""
+    """A whole graph module as a diagram, whoever made it; what is known of its values is noted in its nodes."""
     graph = Graph(model.graph, dict(model.named_modules()))
+    for node in model.graph.nodes:
+        if "rank" not in node.meta and node.op != "output":
+            facts.note(node, graph.modules[str(node.target)] if node.op == "call_module" else None)
     return diagram([node for node in model.graph.nodes if node.op != "output"], graph)
 
 
@@ -235,7 +238,8 @@ def _levels(diagram: Diagram) -> list[int]:
     read = {source for source, _ in diagram.edges} - {reader for _, reader in diagram.edges}
     for index in read:
         level[index] = min(level[reader] for source, reader in diagram.edges if source == index) - 1
-    return level
+    rank = {row: index for index, row in enumerate(sorted(set(level)))}
+    return [rank[row] for row in level]
 
 
 @dataclass
@@ -260,7 +264,7 @@ class _Rows:
     def of(cls, diagram: Diagram, widths: Sequence[float], lane: float) -> _Rows:
         """All boxes in their rows, and a lane wherever an edge passes one."""
         level = _levels(diagram)
-        rows = cls([[] for _ in range(max(level, default=0) + 1)], dict(enumerate(widths)))
+        rows = cls([[] for _ in range(max(level, default=-1) + 1)], dict(enumerate(widths)))
         for index, row in enumerate(level):
             rows.items[row].append(index)
         for source, reader in diagram.edges:

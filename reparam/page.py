@@ -34,8 +34,7 @@ from reparam.verify import as_call
 
 _LARGEST = 40  # boxes in one drawing, where a module can be drawn in parts
 _TOO_LARGE = 150  # for any drawing
-_SECONDS = 10.0  # what timing may take
-_ROUNDS = 5, 50  # at least, and at most
+_ROUNDS = 5, 50  # of timing: at least, and at most
 _CHART_ROW = 72  # pixels
 
 
@@ -275,7 +274,7 @@ def _drawn(block: Block, name: str) -> dict[str, Any]:
     from markupsafe import Markup
 
     def draw(diagram: Diagram, form: str) -> str | None:
-        if len(diagram.boxes) > _TOO_LARGE:
+        if not 0 < len(diagram.boxes) <= _TOO_LARGE:
             return None
         return drawing.svg(diagram, f"{name}-{form}", f"{block.kind}, {form} compiling")
 
@@ -334,7 +333,10 @@ def _number(value: int | None) -> str:
 
 def _change(before: int, after: int) -> str:
     """How much less or more, in per cent."""
-    return "" if not before or before == after else f"{(after - before) / before:+.0%}".replace("-", "−")
+    if not before or before == after:
+        return ""
+    change = (after - before) / before
+    return f"{change:+.{0 if abs(change) >= 0.01 else 1}%}".replace("-", "−")
 
 
 def _plural(count: int, word: str) -> str:
@@ -344,28 +346,33 @@ def _plural(count: int, word: str) -> str:
 # --- Latencies ----------------------------------------------------------------------------------------------------
 
 
-def time(model: nn.Module | torch.export.ExportedProgram, compiled: nn.Module, example_inputs: Any) -> Chart:
+def time(
+    model: nn.Module | torch.export.ExportedProgram,
+    compiled: nn.Module,
+    example_inputs: Any,
+    *,
+    seconds: float = 10.0,
+) -> Chart:
     """Time the training graph against the compiled one on this machine, in eager mode, one call each in turns.
-
-    Takes about ten seconds, or five calls of each, whichever is more; at most fifty calls of each.
 
     Args:
         model: The training-time model; it is run in eval mode.
         compiled: What :func:`reparam.compile` made of it.
         example_inputs: What to run both on.
+        seconds: About how long to measure: there are five rounds at least, and fifty at most.
     """
     args, kwargs = as_call(example_inputs)
-    trained = model.module() if isinstance(model, torch.export.ExportedProgram) else capturing.in_eval_mode(model)
+    trained = model.module() if isinstance(model, torch.export.ExportedProgram) else capturing.private_copy(model)
     contestants = {
         "training graph, eager": lambda: trained(*args, **kwargs),
         "compiled graph, eager": lambda: compiled(*args, **kwargs),
     }
     with torch.inference_mode():
         start = clock.perf_counter()
-        measured = timing.measure(contestants, 2)
-        seconds = (clock.perf_counter() - start) / 3
+        timing.measure(contestants, 2)
+        round_seconds = (clock.perf_counter() - start) / 3
         fewest, most = _ROUNDS
-        measured = timing.measure(contestants, min(max(fewest, int(_SECONDS / seconds)), most), warmups=0)
+        measured = timing.measure(contestants, min(max(fewest, int(seconds / round_seconds)), most), warmups=0)
     conditions = f"{_shapes(example_inputs)}, {_plural(torch.get_num_threads(), 'thread')}, PyTorch"
     return Chart(conditions, tuple(Latency(name, it, "compiled" in name) for name, it in measured.items()))
 
