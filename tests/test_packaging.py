@@ -53,6 +53,10 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert packaged == expected
 
 
+def test_the_template_of_the_page_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    assert "reparam/templates/report.html" in wheel.namelist()
+
+
 def test_is_typed_and_licensed(wheel: zipfile.ZipFile) -> None:
     assert "reparam/py.typed" in wheel.namelist()
     assert email.message_from_string(metadata(wheel, "METADATA"))["License-Expression"] == "Apache-2.0"
