@@ -177,7 +177,7 @@ def test_exported_programs_have_a_page() -> None:
 
 
 def test_names_of_modules_are_untrusted() -> None:
-    hostile = "<script>alert(1)</script>\"'&amp;{{ 7*7 }}\x1b[0m\u202e"
+    hostile = "<script>alert(1)</script>'&amp;{{ 7*7 }}\x1b[0m\u202e"
     layer = type(hostile, (nn.Sequential,), {})
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
     model.add_module(hostile, layer(nn.BatchNorm2d(2), nn.LayerNorm(6), nn.GroupNorm(1, 2)))
