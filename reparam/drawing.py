@@ -79,7 +79,8 @@ def diagram(nodes: Iterable[Node], graph: Graph) -> Diagram:
         nodes: Nodes of ``graph``, in its order.
         graph: A captured or compiled graph.
     """
-    inside = [node for node in nodes if not _is_hidden(node)]
+    hidden = _hidden(graph)
+    inside = [node for node in nodes if node not in hidden]
     shown = set(inside)
     boxes: list[Box] = []
     edges: list[Edge] = []
@@ -97,11 +98,12 @@ def diagram(nodes: Iterable[Node], graph: Graph) -> Diagram:
     for node in inside:
         if node.op == "placeholder" or _behind_no_ops(node, graph) is not node:
             continue
-        sources = [position(source) for source in node.all_input_nodes if not _is_hidden(source)]
+        sources = [position(source) for source in node.all_input_nodes if source not in hidden]
         edges += dict.fromkeys((source, position(node)) for source in sources)
         position(node)
     for node in inside:
-        if any(reader not in shown and not _is_size(reader) for reader in node.users):
+        leaves = any(reader not in shown and (reader.op == "output" or reader not in hidden) for reader in node.users)
+        if leaves and node.op != "placeholder" and _behind_no_ops(node, graph) in shown:
             output = (position(node), len(boxes))
             if output[0] not in {source for source, reader in edges if boxes[reader].title == "output"}:
                 boxes.append(Box("value", "output"))
@@ -118,12 +120,14 @@ def diagram_of(model: torch.fx.GraphModule) -> Diagram:
     return diagram([node for node in model.graph.nodes if node.op != "output"], graph)
 
 
-def _is_hidden(node: Node) -> bool:
-    return node.op in ("get_attr", "output") or _is_size(node)
-
-
-def _is_size(node: Node) -> bool:
-    return facts.reads_only_metadata(node) or (node.op != "placeholder" and node.meta.get("kind") == "other")
+def _hidden(graph: Graph) -> set[Node]:
+    """Constants and sizes, and what is computed from them alone."""
+    hidden: set[Node] = set()
+    for node in graph.fx.nodes:
+        from_hidden = node.op != "placeholder" and all(source in hidden for source in node.all_input_nodes)
+        if node.op in ("get_attr", "output") or facts.reads_only_metadata(node) or from_hidden:
+            hidden.add(node)
+    return hidden
 
 
 def _behind_no_ops(node: Node, graph: Graph) -> Node:
@@ -294,7 +298,7 @@ class _Rows:
         for items in self.items:
             x.update(_spread(items, dict.fromkeys(items, 0.0), self.width, gap))
         pulls = self._pulls()
-        for sweep in range(8 * _SWEEPS):
+        for sweep in range(16 * _SWEEPS):
             for items in self.items if sweep % 2 == 0 else self.items[::-1]:
                 wanted = {item: _mean([x[other] for other in pulls.get(item, [])], x[item]) for item in items}
                 x.update(_spread(items, wanted, self.width, gap))
