@@ -27,7 +27,8 @@ def report(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where to. [default: NAME_report.html, beside a checkpoint]")
+        Path | None,
+        typer.Option("-o", "--output", help="Where to; NAME_report.html, beside a checkpoint, when left out."),
     ] = None,
     model: Model = None,
     input_size: InputSize = None,
