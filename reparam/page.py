@@ -393,6 +393,8 @@ def chart_of(benchmark: Any) -> Chart:
             if row["seconds"] is not None
         )
         conditions = f"{benchmark['model']}, {_plural(int(benchmark['threads']), 'thread')}"
+        if benchmark.get("clock", "wall") != "wall":
+            conditions += f", {benchmark['clock']} time"
     except (KeyError, TypeError, ValueError) as error:
         raise ReparamError(
             f"this is not what reparam bench --json prints ({type(error).__name__}: {first_line(error)})"

@@ -238,6 +238,7 @@ BENCHMARK: dict[str, Any] = {
 def test_a_benchmark_is_a_chart() -> None:
     chart = page.chart_of(BENCHMARK)
     assert chart.conditions == "m, 2 threads"
+    assert page.chart_of({**BENCHMARK, "clock": "processor"}).conditions == "m, 2 threads, processor time"
     assert [(bar.name, bar.timing.median, bar.compiled) for bar in chart.bars] == [
         ("training graph, eager", 2.0, False),
         ("compiled graph, openvino", 1.0, True),
