@@ -25,6 +25,7 @@ from torch.fx import Node
 from reparam import aliasing, facts, measure, views
 from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.capture import carries_hooks
+from reparam.cost import Cost
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
 from reparam.lift import Refusal, Sum, is_leaf, lift
@@ -114,10 +115,12 @@ class Graph:
     Attributes:
         fx: The torch.fx graph.
         modules: The module at every path that its names refer to; the root at the empty one.
+        cost: Decides where a rewrite might not pay.
     """
 
     fx: torch.fx.Graph
     modules: Mapping[str, nn.Module]
+    cost: Cost = field(default_factory=Cost)
     _lifted: dict[Node, Operator | Sum | Refusal | None] = field(default_factory=dict)
     _opaque: list[Node] | None = None
     _views: list[Node] | None = None
@@ -141,6 +144,11 @@ class Graph:
     def source(self, node: Node) -> Node:
         """The activation that a linear operator reads."""
         return next(source for source in node.all_input_nodes if source.op != "get_attr")
+
+    def shape(self, node: Node) -> tuple[int, ...] | None:
+        """The shape that a value had in the example, or None when there is none."""
+        shape = node.meta.get("shape")
+        return None if shape is None else tuple(shape)
 
     def readers(self, node: Node) -> list[Node]:
         """The nodes that read the values of ``node``, not just its shape or type."""
