@@ -45,7 +45,7 @@ class CompiledModel(torch.fx.GraphModule):
             used: Module or tensor for every name that the graph uses.
         """
         attributes = {**self.__dict__, "meta": dict(self.meta)}
-        return self._like(CompiledModel(dict(used), graph, self._get_name()), attributes)
+        return self._like(CompiledModel(dict(used), graph, type(self).__name__), attributes)
 
     @staticmethod
     def _like(twin: CompiledModel, attributes: Mapping[str, Any]) -> CompiledModel:

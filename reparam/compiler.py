@@ -14,13 +14,13 @@ import torch.export
 import torch.fx
 from torch import Tensor, nn
 
-from reparam import aliasing, emit, facts, inside, latency, measure, mentions, views
+from reparam import aliasing, emit, facts, inside, measure, mentions, views
 from reparam import capture as capturing
 from reparam import probe as probing
 from reparam import rewrite as rewriting
 from reparam import verify as verifying
 from reparam.algebra import AnyConv
-from reparam.compiled import CompiledModel
+from reparam.compiled import CompiledModel as CompiledModel
 from reparam.cost import Cost
 from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
@@ -166,7 +166,9 @@ def _build(
 def _compile_for_latency(
     build: Callable[[_Options], _Built], options: _Options, decisions: str | Path | Mapping[str, Any] | None
 ) -> _Built:
-    """The graph of ``optimize="size"``, run in the fastest way; the one with doubtful rewrites timed; the faster one."""
+    """The graph of ``optimize="size"``, or, where it is faster, one whose doubtful rewrites and layout were timed."""
+    from reparam import latency
+
     known, path = _decisions(decisions)
     smallest = build(options)
     reference = smallest.reference
@@ -175,7 +177,7 @@ def _compile_for_latency(
     judge = latency.Judge(known)
     if options.progress is not None:
         tell = options.progress
-        judge.progress = lambda label: tell(0, 0, f"timing {label or 'the model'}")
+        judge.progress = lambda label: tell(1, 1, f"timing {label or 'the model'}")
     race = latency.Race(judge, reference.call)
     variant, fastest = race.variant(smallest.result)
     cost = latency.Measured(

@@ -130,7 +130,8 @@ class Measured(Cost):
     def _key(self, choice: Choice) -> str:
         branches = [" after ".join(map(operator_text, branch)) or "identity" for branch in choice.branches]
         what = f"{choice.join} of {', '.join(branches)}" if len(branches) > 1 else branches[0]
-        return f"{what} as {operator_text(choice.merged)}; {_circumstances([choice.shape], self.dtype, self.device)}; {self.variant}"
+        circumstances = _circumstances([choice.shape], self.dtype, self.device)
+        return f"{what} as {operator_text(choice.merged)}; {circumstances}; {self.variant}"
 
 
 def _is_doubtful(choice: Choice) -> bool:
@@ -208,14 +209,13 @@ def _filled(operator: Operator) -> Operator:
 
 def _without_gradients(function: Run, device: torch.device) -> Run:
     """Run something to its end, which a GPU reaches later than the call."""
-    wait: Callable[[], object] = lambda: None
-    if device.type != "cpu":
-        wait = getattr(torch, device.type).synchronize
+    wait = None if device.type == "cpu" else getattr(torch, device.type).synchronize
 
     def run() -> None:
         with torch.no_grad():
             function()
-            wait()
+            if wait is not None:
+                wait()
 
     return run
 
@@ -250,7 +250,9 @@ class Race:
             options = {str(best): self._timed(fastest), str(variant): self._timed(made)}
             decision = self.judge.decide(key, options, f"{variant}")
             times = against(decision, *sorted(options, key=lambda name: name != decision.pick))
-            self._note(f"{decision.pick} rather than {next(name for name in options if name != decision.pick)}: {times}")
+            self._note(
+                f"{decision.pick} rather than {next(name for name in options if name != decision.pick)}: {times}"
+            )
             if decision.pick == str(variant):
                 best, fastest = variant, made
         return best, fastest

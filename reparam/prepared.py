@@ -1,4 +1,4 @@
-"""Convolutions made ready for the processor: the kernel laid out for it once, the activation behind it in the same loop.
+"""Convolutions made ready for the processor: the kernel laid out for it once, the activation in the same loop.
 
 In eager mode PyTorch hands oneDNN a plain kernel at every call, which is laid out anew each time, and every activation
 reads and writes its whole feature map. :class:`PreparedConv2d` has the same parameters under the same names as the
@@ -62,7 +62,7 @@ def activation_of(node: Node, module: nn.Module | None) -> str | None:
     if node.op == "call_module":
         if type(module) is nn.GELU:
             return "gelu" if module.approximate == "none" else "gelu_tanh"
-        return _LAYERS.get(type(module)) if module is not None else None  # type: ignore[arg-type]
+        return _LAYERS.get(type(module)) if module is not None else None
     name = facts.target_name(node) if node.op in ("call_function", "call_method") else ""
     if name == "gelu" and node.kwargs == {"approximate": "tanh"}:
         return "gelu_tanh"
@@ -94,18 +94,19 @@ class PreparedConv2d(nn.Conv2d):
         activation: str = "",
     ) -> None:
         if activation not in _ACTIVATIONS:
-            raise ValueError(f"there is no activation {activation!r}; there are {', '.join(filter(None, _ACTIVATIONS))}")
+            raise ValueError(
+                f"there is no activation {activation!r}; there are {', '.join(filter(None, _ACTIVATIONS))}"
+            )
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.activation = activation
 
     @staticmethod
     def of(conv: nn.Conv2d, activation: str = "") -> PreparedConv2d:
         """The same convolution, with the same tensors, and an activation."""
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        settings: Any = {name: getattr(conv, name) for name in names}
         with torch.device("meta"):
-            made = PreparedConv2d(
-                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                conv.groups, conv.bias is not None, activation,
-            )  # type: ignore[arg-type]  # fmt: skip
+            made = PreparedConv2d(**settings, bias=conv.bias is not None, activation=activation)
         made.weight, made.bias = conv.weight, conv.bias
         return made.train(conv.training)
 
@@ -117,7 +118,8 @@ class PreparedConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         """As of ``nn.Conv2d``, and the activation."""
-        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
+        settings: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{settings}, activation={self.activation}" if self.activation else settings
 
     def forward(self, x: Tensor) -> Tensor:
         """``activation(W * x + b)``; shapes as for ``nn.Conv2d``."""
@@ -133,7 +135,7 @@ class PreparedConv2d(nn.Conv2d):
 
     def _is_plain_call(self, x: Any) -> bool:
         """Whether oneDNN may compute this call: a batch of plain numbers that nobody watches or differentiates."""
-        if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return False
         weight = self.weight
         if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 4:

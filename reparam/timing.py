@@ -111,7 +111,10 @@ def duel(
 
 def _winner(first: Sequence[float], second: Sequence[float]) -> int | None:
     """Who won more pairs than chance would explain."""
-    wins = (sum(a < b for a, b in zip(first, second, strict=True)), sum(b < a for a, b in zip(first, second, strict=True)))
+    wins = (
+        sum(a < b for a, b in zip(first, second, strict=True)),
+        sum(b < a for a, b in zip(first, second, strict=True)),
+    )
     pairs, most = sum(wins), max(wins)
     chance = 2 * sum(math.comb(pairs, k) for k in range(most, pairs + 1)) / 2**pairs
     return wins.index(most) if chance < _DOUBT else None

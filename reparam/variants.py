@@ -71,8 +71,7 @@ def apply(variant: Variant, model: GraphModule, shapes: Mapping[str, torch.Size]
         What a graph module of the same class is made of.
     """
     graph = Graph()
-    output = graph.graph_copy(model.graph, copies := {})
-    graph.output(output)
+    graph.output(graph.graph_copy(model.graph, {}))
     graph._codegen = model.graph._codegen
     used = {str(node.target): _lookup(model, str(node.target)) for node in graph.nodes if _has_name(node)}
     if variant.prepared:
