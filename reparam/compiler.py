@@ -26,7 +26,6 @@ from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
-from reparam.storage import check_destination
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -203,6 +202,8 @@ def _compile_for_latency(
 
 def _decisions(given: str | Path | Mapping[str, Any] | None) -> tuple[Decisions, Path | None]:
     """Decisions, and where to write them."""
+    from reparam.storage import check_destination
+
     match given:
         case None:
             return Decisions(), None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from reparam.errors import ReparamError
-from reparam.storage import atomic_write
 
 _FORMAT = "reparam decisions"
 _VERSION = 1
@@ -99,6 +98,8 @@ class Decisions(Mapping[str, Decision]):
         Raises:
             ExportError: The file cannot be written.
         """
+        from reparam.storage import atomic_write
+
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
