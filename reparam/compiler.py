@@ -18,7 +18,6 @@ from reparam import aliasing, emit, facts, inside, measure, mentions, views
 from reparam import capture as capturing
 from reparam import probe as probing
 from reparam import rewrite as rewriting
-from reparam import verify as verifying
 from reparam.algebra import AnyConv
 from reparam.compiled import CompiledModel as CompiledModel
 from reparam.cost import Cost
@@ -26,6 +25,7 @@ from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
+from reparam.verify import TOLERANCES, as_call, compare, run
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -148,7 +148,7 @@ def _build(
     if isinstance(model, torch.export.ExportedProgram):
         model, captured, reference = _read(model, example_inputs, options.verify)
     else:
-        call = None if example_inputs is None else verifying.as_call(example_inputs)
+        call = None if example_inputs is None else as_call(example_inputs)
         captured = capturing.capture(model, call)
         reference = _Reference(model, captured, call, options.verify)
         if not captured.traced and call is not None:
@@ -225,7 +225,7 @@ def _read(
     from reparam import exported
 
     model, captured, call = exported.read(program)
-    call = call if example_inputs is None else verifying.as_call(example_inputs)
+    call = call if example_inputs is None else as_call(example_inputs)
     reference = _Reference(model, captured, call, verify)
     if not captured.traced:
         raise CaptureError(f"the exported program cannot be read: {captured.remarks[-1].message}")
@@ -467,8 +467,8 @@ class _Reference:
         model = capturing.in_eval_mode(model)
         try:
             with capturing.unchanged(model, writes=self.writes):
-                self.expected = verifying.run(model, args, kwargs)
-                again = verifying.run(model, args, kwargs)
+                self.expected = run(model, args, kwargs)
+                again = run(model, args, kwargs)
         except Exception as error:
             if self.given:
                 raise ReparamError(f"the model does not run on the example inputs: {error}") from error
@@ -478,7 +478,7 @@ class _Reference:
             with capturing.unchanged(model, writes=self.writes):
                 self.multiply_adds = measure.multiply_adds_of(_Frozen(model), args, kwargs)
         try:
-            verifying.compare(self.expected, again)
+            compare(self.expected, again)
         except VerificationError:
             self.remarks.append(Remark("capture", "Verify", "", "its outputs differ from run to run; not compared"))
             self.verify = False
@@ -494,7 +494,7 @@ class _Reference:
             with capturing.unchanged(captured.root, writes=self.writes):
                 actual = interpreter.run(*interpreter.arguments(self.call, names))
             if self.verify:
-                verifying.compare(self.expected, actual)
+                compare(self.expected, actual)
         except Exception as error:
             captured.traced = False
             reason = f"the traced graph does not compute what the model computes, kept as Python: {error}"
@@ -505,9 +505,9 @@ class _Reference:
         if self.call is None or not self.verify:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
-            actual = verifying.run(compiled, *self.call)
+            actual = run(compiled, *self.call)
         try:
-            return verifying.compare(self.expected, actual)
+            return compare(self.expected, actual)
         except VerificationError as error:
             comparison = self._compare_in_double(compiled, actual)
             if comparison is None:
@@ -525,14 +525,14 @@ class _Reference:
         assert self.call is not None
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _doubled, self.call)
         try:
-            exact = verifying.run(capturing.private_copy(self.model).double(), args, kwargs)
-            result = verifying.run(capturing.private_copy(compiled).double(), args, kwargs)
-            tolerance = max(verifying.TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
+            exact = run(capturing.private_copy(self.model).double(), args, kwargs)
+            result = run(capturing.private_copy(compiled).double(), args, kwargs)
+            tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
             anything = float("inf")
-            rounding = verifying.compare(exact, _double(self.expected), anything).largest_error
-            if verifying.compare(exact, _double(actual), anything).largest_error <= _ROUNDINGS * rounding <= 1.0:
+            rounding = compare(exact, _double(self.expected), anything).largest_error
+            if compare(exact, _double(actual), anything).largest_error <= _ROUNDINGS * rounding <= 1.0:
                 tolerance = max(tolerance, _ROUNDINGS * rounding)
-            return verifying.compare(exact, result, tolerance)
+            return compare(exact, result, tolerance)
         except (ReparamError, RuntimeError, TypeError, ValueError):
             return None
 
@@ -569,7 +569,7 @@ class _Frozen(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
-        return verifying.run(self.model, args, kwargs)  # type: ignore[arg-type]
+        return run(self.model, args, kwargs)  # type: ignore[arg-type]
 
 
 class _Shapes(torch.fx.Interpreter):

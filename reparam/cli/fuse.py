@@ -76,7 +76,9 @@ def fuse(
         source = read(checkpoint, how)
         check_destination(output, never=(checkpoint,))
         if decisions is not None:
-            check_destination(decisions, never=(checkpoint, output))
+            check_destination(decisions, never=(checkpoint,))
+            if decisions.resolve() == output.resolve():
+                raise ReparamError(f"{output}: is named for the output and for the decisions; choose another name")
         network = resolve(source, how)
         inputs = inputs_of(network, how)
         if output.suffix == ".onnx" and inputs is None:

@@ -137,9 +137,7 @@ def test_kernels_stay_apart_where_that_is_faster(wins):
 
 def test_kernels_merge_where_counting_would_not_and_that_is_faster(wins):
     """A depthwise kernel before a pointwise one, as one dense kernel."""
-    net = model(
-        lambda s, x: s.b(s.a(x)), a=nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False), b=nn.Conv2d(3, 6, 1)
-    )
+    net = model(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False), b=nn.Conv2d(3, 6, 1))
     x = image(3, 2)
     assert reparam.compile(net, x, passes=[]).report.after.convolutions == 2
     wins("1 kernel", "latency")
@@ -299,7 +297,9 @@ def test_a_file_is_written_and_completed(tmp_path: Path, monkeypatch):
 
 def test_a_decision_by_hand_is_obeyed(decided):
     net, x, kept, _ = decided
-    plain = {key: {"pick": "contiguous" if "contiguous" in value.seconds else value.pick} for key, value in kept.items()}
+    plain = {
+        key: {"pick": "contiguous" if "contiguous" in value.seconds else value.pick} for key, value in kept.items()
+    }
     data = {**kept.to_dict(), "choices": plain}
     result = reparam.compile(net, x, optimize="latency", decisions=data)
     assert not any(isinstance(layer, PreparedConv2d) for layer in result.modules()) or "contiguous" not in str(plain)
