@@ -78,7 +78,8 @@ def against(decision: Decision, pick: str, other: str) -> str:
     """The times of two options, for a remark: ``0.31 ms against 0.44 ms``."""
     if not {pick, other} <= decision.seconds.keys():
         return "as decided before"
-    return f"{_time(decision.seconds[pick])} against {_time(decision.seconds[other])}"
+    chosen, left = decision.seconds[pick], decision.seconds[other]
+    return f"{_time(chosen)} against {_time(left)}{', too close to tell' if chosen > left else ''}"
 
 
 def _time(seconds: float) -> str:
