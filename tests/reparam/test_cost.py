@@ -75,7 +75,9 @@ def test_a_tie_is_what_counting_says(choice, winner):
 def test_siblings_are_timed():
     cost = measured(1)
     assert cost.too_costly(side_by_side(conv(8, 1), conv(4, 1)), "block") is None
-    assert [remark.message for remark in cost.remarks] == ["merged into 1 kernel: 2.00 ms against 1.00 ms, too close to tell"]
+    assert [remark.message for remark in cost.remarks] == [
+        "merged into 1 kernel: 2.00 ms against 1.00 ms, too close to tell"
+    ]
     assert [remark.where for remark in cost.remarks] == ["block"]
     (key,) = cost.judge.decisions
     assert key == (
