@@ -79,7 +79,7 @@ def against(decision: Decision, pick: str, other: str) -> str:
     if not {pick, other} <= decision.seconds.keys():
         return "as decided before"
     chosen, left = decision.seconds[pick], decision.seconds[other]
-    return f"{_time(chosen)} against {_time(left)}{', too close to tell' if chosen > left else ''}"
+    return f"{_time(chosen)} against {_time(left)}{', about as fast' if chosen > left else ''}"
 
 
 def _time(seconds: float) -> str:

@@ -76,7 +76,7 @@ def test_siblings_are_timed():
     cost = measured(1)
     assert cost.too_costly(side_by_side(conv(8, 1), conv(4, 1)), "block") is None
     assert [remark.message for remark in cost.remarks] == [
-        "merged into 1 kernel: 2.00 ms against 1.00 ms, too close to tell"
+        "merged into 1 kernel: 2.00 ms against 1.00 ms, about as fast"
     ]
     assert [remark.where for remark in cost.remarks] == ["block"]
     (key,) = cost.judge.decisions
