@@ -5,6 +5,7 @@
 
 from reparam import algebra, errors, lift, passes
 from reparam.compiler import compile, explain
+from reparam.decisions import Decisions
 from reparam.errors import ReparamError, VerificationError
 from reparam.expand import expand
 from reparam.report import Comparison, Counts, Remark, Report
@@ -19,6 +20,7 @@ __all__ = [
     "Apply",
     "Comparison",
     "Counts",
+    "Decisions",
     "Graph",
     "Missed",
     "Remark",

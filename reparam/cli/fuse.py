@@ -45,6 +45,13 @@ def fuse(
     input_size: InputSize = None,
     unsafe_load: UnsafeLoad = False,
     ema: Ema = False,
+    optimize: Annotated[
+        str, typer.Option("--optimize", metavar="size|latency", help="What to optimise; latency times on this machine.")
+    ] = "size",
+    decisions: Annotated[
+        Path | None,
+        typer.Option("--decisions", metavar="FILE", help="Replay what was timed before, and keep what is timed now."),
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Write without checking anything.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -57,6 +64,10 @@ def fuse(
     output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
     if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
         raise ReparamError(f"{output}: the output must end in .pth, .pt, .safetensors or .onnx")
+    if optimize not in ("size", "latency"):
+        raise ReparamError(f"--optimize {optimize} is not known; use size or latency")
+    if decisions is not None and optimize == "size":
+        raise ReparamError("--decisions is about what is timed; it needs --optimize latency")
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
         import reparam
@@ -64,12 +75,20 @@ def fuse(
 
         source = read(checkpoint, how)
         check_destination(output, never=(checkpoint,))
+        if decisions is not None:
+            check_destination(decisions, never=(checkpoint,))
+            if decisions.resolve() == output.resolve():
+                raise ReparamError(f"{output}: is named for the output and for the decisions; choose another name")
         network = resolve(source, how)
         inputs = inputs_of(network, how)
         if output.suffix == ".onnx" and inputs is None:
             ask_for_shape(network.name, "export")
+        if optimize == "latency" and inputs is None:
+            ask_for_shape(network.name, "time")
         try:
-            deploy = reparam.compile(network.model, inputs, verify=not no_verify, progress=bar)
+            deploy = reparam.compile(
+                network.model, inputs, optimize=optimize, decisions=decisions, verify=not no_verify, progress=bar
+            )
         except VerificationError as error:
             raise VerificationError(f"{checkpoint}: {error}; nothing was written", error.comparison) from error
         except CaptureError as error:
@@ -106,6 +125,9 @@ def _print_fused(path: Path, network: Network, output: Path, report: Report, exp
     console.print(f"{path} is {network.name}")
     console.print(counts_table(report.to_dict()))
     print(f"before and after: {report.comparison or 'not compared'}")
+    for remark in report.remarks:
+        if remark.kind == "timed":
+            print(f"timed: {remark.where or 'the model'}: {remark.message}")
     if exported is not None:
         print(f"PyTorch and onnxruntime: {exported.comparison}")
     kind = f"opset {exported.opset}, {exported.nodes} operators, " if exported else ""
