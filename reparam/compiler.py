@@ -25,7 +25,7 @@ from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
-from reparam.verify import TOLERANCES, as_call, compare, doubled, run
+from reparam.verify import TOLERANCES, LargestMagnitude, as_call, compare, doubled, run
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -516,11 +516,11 @@ class _Reference:
     def _compare_beside_terms(self, actual: Any) -> Comparison | None:
         """The comparison where terms may cancel, so that little but rounding is left; None when there is an error."""
         assert self.call is not None
-        model, largest = capturing.in_eval_mode(self.model), verifying.LargestMagnitude()
+        model, largest = capturing.in_eval_mode(self.model), LargestMagnitude()
         with capturing.unchanged(model, writes=self.writes), largest:
-            verifying.run(model, *self.call)
+            run(model, *self.call)
         try:
-            return verifying.compare(self.expected, actual, scale=largest.value)
+            return compare(self.expected, actual, scale=largest.value)
         except VerificationError:
             return None
 
