@@ -10,12 +10,12 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from reparam.cli import explain, fuse, models, verify
+from reparam.cli import bench, explain, fuse, models, verify
 from reparam.cli.shell import app, register
 
-__all__ = ["app", "explain", "fuse", "main", "models", "verify"]
+__all__ = ["app", "bench", "explain", "fuse", "main", "models", "verify"]
 
-for function in (fuse.fuse, explain.explain, verify.verify, models.models):
+for function in (fuse.fuse, explain.explain, verify.verify, bench.bench, models.models):
     register(function)
 
 
