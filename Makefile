@@ -44,10 +44,11 @@ typecheck: $(INSTALLED)  ## Check types, strictly
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p reparam
 
-bench: $(INSTALLED)  ## Measure compile time, coverage and latency (a quarter of an hour)
+bench: $(INSTALLED)  ## Measure compile time, memory, coverage and deploy graphs (an hour)
 	$(BIN)/python benchmarks/compile_time.py --check
 	$(BIN)/python benchmarks/coverage.py
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/memory.py --check
+	$(BIN)/python benchmarks/deploy.py --check
 
 clean:  ## Remove what builds, tests and the demo wrote; keep .venv
 	rm -rf build dist demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -7,6 +7,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+KeyT = TypeVar("KeyT")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ def measure(
     return {name: summarise(values) for name, values in seconds.items()}
 
 
-def in_turn(names: Iterable[str], index: int) -> list[str]:
+def in_turn(contestants: Iterable[KeyT], index: int) -> list[KeyT]:
     """The order of a round: backwards in every other one."""
-    return list(names)[:: -1 if index % 2 else 1]
+    return list(contestants)[:: -1 if index % 2 else 1]
 
 
 def summarise(values: Sequence[float]) -> Timing:

@@ -73,19 +73,24 @@ def _work(job: Path) -> int:
     if is_module:
         torch.load(path, map_location="meta", weights_only=False)  # imports the model's code, which is no weight
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     source = torch.load(path, weights_only=False) if is_module else path
     run = runtime.load(source, inputs, threads)
     for _ in range(_RUNS):
         run()
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     for _ in range(_RUNS):
         run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
-    """A number of bytes in /proc/self/status."""
+def forget_peak() -> None:
+    """Make ``VmHWM`` begin again at what is resident now; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process that are resident: ``VmRSS`` for now, ``VmHWM`` for the peak; Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reparam import measure, timing
 from reparam.bench.memory import peak_memory
@@ -185,7 +185,12 @@ class Settings:
 
 
 def race(
-    graphs: Mapping[str, nn.Module], inputs: Inputs, settings: Settings, progress: Progress | None = None
+    graphs: Mapping[str, nn.Module],
+    inputs: Inputs,
+    settings: Settings,
+    progress: Progress | None = None,
+    *,
+    only: Mapping[str, Sequence[str]] | None = None,
 ) -> Benchmark:
     """Check and time graphs that compute the same.
 
@@ -198,15 +203,21 @@ def race(
         inputs: Tensors on the CPU that they are all called with.
         settings: How to measure.
         progress: Is told steps done, steps in all, and what is being done.
+        only: Names of the runtimes of graphs that are not wanted in all of them.
 
     Raises:
         ReparamError: The reference itself does not run.
     """
     tell = progress or (lambda done, total, label: None)
     graphs, inputs = _placed(graphs, inputs, settings)
-    runtimes = choose(settings.runtimes, settings.device)
+    entrants = [
+        (runtime, name)
+        for runtime in choose(settings.runtimes, settings.device)
+        for name in graphs
+        if runtime.name in (only or {}).get(name, (runtime.name,))
+    ]
     with tempfile.TemporaryDirectory() as folder, _one_setting_of_threads(settings.threads):
-        calls, rows = _prepare(graphs, inputs, runtimes, settings, Path(folder), tell)
+        calls, rows = _prepare(graphs, inputs, entrants, settings, Path(folder), tell)
         every: dict[Any, Call] = {**calls, **products(settings.device, settings.dtype)}
         seconds = sample(every, settings, timer_for(settings.device), tell)
     timed = [replace(row, seconds=tuple(seconds.get((row.graph, row.runtime), ()))) for row in rows]
@@ -234,7 +245,7 @@ def _placed(graphs: Mapping[str, nn.Module], inputs: Inputs, settings: Settings)
 def _prepare(
     graphs: Mapping[str, nn.Module],
     inputs: Inputs,
-    runtimes: Sequence[Runtime],
+    entrants: Sequence[tuple[Runtime, str]],
     settings: Settings,
     folder: Path,
     tell: Progress,
@@ -248,9 +259,9 @@ def _prepare(
             expected = outputs(reference(*inputs))
     except Exception as error:
         raise ReparamError(f"the model does not run on these inputs: {reason(error)}") from error
-    pairs = list(itertools.product(runtimes, graphs.items()))
-    for done, (runtime, (name, graph)) in enumerate(pairs):
-        tell(done, len(pairs), f"preparing {name} for {runtime.name}")
+    for done, (runtime, name) in enumerate(entrants):
+        tell(done, len(entrants), f"preparing {name} for {runtime.name}")
+        graph = graphs[name]
         row = Row(name, runtime.name, multiply_adds=measure.multiply_adds_of(graph, inputs, {}))
         place = folder / str(done)
         place.mkdir()
@@ -258,21 +269,21 @@ def _prepare(
             runtime.require()
             source = runtime.convert(graph, inputs, place)
             call = runtime.load(source, inputs, settings.threads)
-            error = _check(expected, outputs(call()), settings.tolerance)
+            largest = _check(expected, outputs(call()), settings.tolerance)
         except VerificationError as failure:
             rows.append(replace(row, failure=f"wrong, so not timed: {failure}"))
         except Exception as failure:
             rows.append(replace(row, failure=reason(failure)))
         else:
             calls[name, runtime.name] = call
-            row = replace(row, error=error, size=_size(source))
+            row = replace(row, error=largest, size=_size(source))
             rows.append(_with_memory(row, runtime, source, inputs, settings) if settings.memory else row)
     return calls, rows
 
 
-def _check(expected: list[torch.Tensor], actual: list[torch.Tensor], tolerance: float) -> float:
-    pair = ([value.float() for value in values] for values in (expected, actual))
-    return compare(*pair, tolerance).largest_error
+def _check(expected: Sequence[Tensor], actual: Sequence[Tensor], tolerance: float) -> float:
+    reference, result = ([value.float() for value in values] for values in (expected, actual))
+    return compare(reference, result, tolerance).largest_error
 
 
 def _size(source: Source) -> int:
