@@ -13,12 +13,14 @@ _INK, _FAINT = "#22272e", "#8b949e"
 _COLOURS = ("#b8bec6", "#e3a04f", "#2f6fb3", "#3d9970")  # distinct in grey, too, and to the colour-blind
 
 
-def require() -> None:
-    """Import matplotlib.
+def require(path: Path) -> None:
+    """Make sure that a chart can be written, before hours are spent on measuring.
 
     Raises:
-        ReparamError: It is not installed.
+        ReparamError: matplotlib is missing, or cannot write files of this extension.
     """
+    if path.suffix.lower() not in _FORMATS:
+        raise ReparamError(f"{path}: a chart ends in {', '.join(_FORMATS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -36,9 +38,7 @@ def draw(result: Benchmark, path: Path, title: str) -> None:
     Raises:
         ReparamError: matplotlib is missing, or cannot write files of this extension.
     """
-    require()
-    if path.suffix.lower() not in _FORMATS:
-        raise ReparamError(f"{path}: a chart ends in {', '.join(_FORMATS)}")
+    require(path)
     from matplotlib.figure import Figure  # no pyplot: nothing may open a window, or keep the figure alive
 
     runtimes = list(dict.fromkeys(row.runtime for row in result.rows))
@@ -66,17 +66,12 @@ def _dress(axes, figure, result: Benchmark, title: str, runtimes: list[str], gra
     """Everything around the bars."""
     from matplotlib.patches import Patch
 
-    about = result.about
-    inputs = " and ".join("x".join(map(str, shape)) for shape in about["inputs"])
     axes.set_yticks(range(len(runtimes)), runtimes)
     axes.set_ylim(len(runtimes) - 0.4, -0.6)
     timed = [row.timing.high * 1e3 for row in result.rows if row.timing]
     axes.set_xlim(0, 1.12 * max(timed, default=1.0))
     axes.set_xlabel("ms for one inference: median, and whiskers from quartile to quartile")
-    axes.set_title(
-        f"{title}\n{inputs}, {about['precision']}, {about['threads']} threads, {about['processor']}",
-        loc="left", color=_INK, fontsize=11,
-    )  # fmt: skip
+    axes.set_title(f"{title}\n{result.conditions}", loc="left", color=_INK, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     handles = [Patch(color=_COLOURS[i % len(_COLOURS)], label=graph) for i, graph in enumerate(graphs)]

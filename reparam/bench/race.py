@@ -35,6 +35,7 @@ FEWEST_ROUNDS = 7
 _WARMUPS = 3
 _TURN = 0.03  # seconds that a contestant computes at a time, at least one inference
 _CUDA_TOLERANCE = 1e-2  # convolutions in float32 use TF32 there unless told otherwise
+_CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _PACKAGES = ("torch", "onnxruntime", "openvino", "executorch")
 
 
@@ -83,6 +84,14 @@ class Benchmark:
     rows: tuple[Row, ...]
     products: dict[int, tuple[float, ...]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conditions(self) -> str:
+        """What was measured on what, in a line."""
+        about = self.about
+        inputs = " and ".join("x".join(map(str, shape)) for shape in about["inputs"])
+        threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+        return f"{inputs}, {about['precision']}, {threads}, {about['processor']}, {about['clock']} time"
 
     def row(self, graph: str, runtime: str) -> Row:
         """The row of a graph in a runtime."""
@@ -150,6 +159,8 @@ class Settings:
         memory: Whether to measure memory too, which starts a process for each graph and runtime.
         device: ``"cpu"`` or ``"cuda"``.
         half: Compute in float16; on CUDA only. Tensors of rank 4 are channels_last there.
+        clock: ``"wall"``, or ``"processor"`` to count the processor time of all threads instead. That is for a
+            machine that has other things to do: with one thread it is what the wall clock would show on an idle one.
     """
 
     runtimes: Sequence[str] | None = None
@@ -159,6 +170,7 @@ class Settings:
     memory: bool = True
     device: str = "cpu"
     half: bool = False
+    clock: str = "wall"
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -167,6 +179,10 @@ class Settings:
             raise ReparamError("this PyTorch finds no CUDA device; measure on the CPU with --device cpu")
         if self.half and self.device == "cpu":
             raise ReparamError("half precision is measured on CUDA only; add --device cuda")
+        if self.clock not in _CLOCKS or (self.device == "cuda" and self.clock != "wall"):
+            raise ReparamError(
+                f"the clock {self.clock} is not known on {self.device}; choose from wall, processor (CPU)"
+            )
         if self.threads < 1 or (self.rounds is not None and self.rounds < 1) or self.min_time < 0:
             raise ReparamError("threads and rounds begin at 1, and time at 0")
         choose(self.runtimes, self.device)
@@ -219,7 +235,7 @@ def race(
     with tempfile.TemporaryDirectory() as folder, _one_setting_of_threads(settings.threads):
         calls, rows = _prepare(graphs, inputs, entrants, settings, Path(folder), tell)
         every: dict[Any, Call] = {**calls, **products(settings.device, settings.dtype)}
-        seconds = sample(every, settings, timer_for(settings.device), tell)
+        seconds = sample(every, settings, timer_for(settings.device, _CLOCKS[settings.clock]), tell)
     timed = [replace(row, seconds=tuple(seconds.get((row.graph, row.runtime), ()))) for row in rows]
     matrices = {size: tuple(values) for size, values in seconds.items() if isinstance(size, int)}
     return Benchmark(tuple(timed), matrices, _about(inputs, settings))
@@ -361,6 +377,7 @@ def _about(inputs: Inputs, settings: Settings) -> dict[str, Any]:
         "processor": torch.cuda.get_device_name() if settings.device == "cuda" else _processor(),
         "device": settings.device,
         "threads": settings.threads,
+        "clock": settings.clock,
         "precision": str(settings.dtype).removeprefix("torch."),
         "inputs": [list(value.shape) for value in inputs],
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},

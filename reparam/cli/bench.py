@@ -54,6 +54,9 @@ def bench(
     min_time: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="How long to measure, at least.")] = 20.0,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to compute.")] = "cpu",
     half: Annotated[bool, typer.Option("--half", help="Compute in float16 (CUDA only).")] = False,
+    clock: Annotated[
+        str, typer.Option(metavar="wall|processor", help="What counts; on a busy machine, processor with one thread.")
+    ] = "wall",
     no_memory: Annotated[
         bool, typer.Option("--no-memory", help="Leave out memory, which takes a process for each row.")
     ] = False,
@@ -73,11 +76,11 @@ def bench(
         from reparam.storage import check_destination
 
         names = None if runtimes is None else [name.strip() for name in runtimes.split(",")]
-        settings = Settings(names, threads, rounds, min_time, not no_memory, device, half)
+        settings = Settings(names, threads, rounds, min_time, not no_memory, device, half, clock)
         if plot is not None:
             from reparam.bench import plot as drawing
 
-            drawing.require()
+            drawing.require(plot)
             check_destination(plot)
         subject = _subject(model, how)
         if subject.input_shape is None:
@@ -92,7 +95,7 @@ def bench(
     if as_json:
         print_json({"model": subject.name, **result.to_dict()})
     else:
-        _print_table(subject.name, result)
+        print_table(subject.name, result)
 
 
 def _subject(model: str, how: Reading) -> Network:
@@ -136,8 +139,8 @@ def _peer(spec: str | None, network: Network) -> Callable[[nn.Module], nn.Module
     return function
 
 
-def _print_table(name: str, result: Benchmark) -> None:
-    about = result.about
+def print_table(name: str, result: Benchmark) -> None:
+    """A row for every graph in every runtime, and what was not measured below."""
     reference = result.rows[0].graph
     table = new_table(
         "runtime", "graph", "median", "quartiles", f"of {reference}", "of peak", "memory", "size", "error",
@@ -145,15 +148,14 @@ def _print_table(name: str, result: Benchmark) -> None:
     )  # fmt: skip
     for row in result.rows:
         table.add_row(row.runtime, row.graph, *_cells(result, row, reference))
-    inputs = " and ".join("x".join(map(str, shape)) for shape in about["inputs"])
     console = stdout()
-    console.print(f"{name}: {inputs}, {about['precision']}, {about['threads']} threads, {about['processor']}")
+    console.print(f"{name}: {result.conditions}")
     console.print(table)
     for row in result.rows:
-        for failure in filter(None, (row.failure, row.memory_failure)):
-            console.print(f"{row.graph} in {row.runtime}: {failure}")
+        if row.failure or row.memory_failure:
+            console.print(f"{row.graph} in {row.runtime}: {row.failure or f'memory: {row.memory_failure}'}")
     print(f"matrix-product peak: {result.peak / 1e9:.0f} GFLOP/s; of peak: 2 x multiply-adds / median time, over that")
-    print(f"of {reference}: median over {len(result.rows[0].seconds) or 'all'} rounds of the ratio within a round")
+    print(f"of {reference}: median, over the rounds, of the ratio within a round")
 
 
 def _cells(result: Benchmark, row: Row, reference: str) -> list[str]:
