@@ -306,7 +306,7 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
     before any layer has read them.
     """
     nodes = list(nodes)
-    _settle_ranks(nodes, modules)
+    settle_ranks(nodes, modules)
     live = _live(nodes)
     for node in nodes:
         if node.op == "placeholder" and "dtype" not in node.meta:
@@ -318,8 +318,8 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
             node.meta["floating"] = is_floating(node)
 
 
-def _settle_ranks(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
-    """Ranks of inputs as their readers have them, and of what depends on them."""
+def settle_ranks(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
+    """Ranks of inputs as their readers have them, and of what depends on them, where they were not known."""
     for node in nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if node.op == "placeholder" and node.meta.get("rank") is None and node.meta.get("kind") != "other":

@@ -232,6 +232,21 @@ class Graph:
 
     # Changes, made by the driver.
 
+    def settle(self) -> list[Node]:
+        """Look again at what is known of values without an example: a merged layer may show what none did before.
+
+        Returns:
+            The nodes of whose values, or whose inputs, more is known now.
+        """
+        known = {node: _known(node) for node in self.fx.nodes}
+        facts.settle_ranks(self.fx.nodes, self.modules)
+        views.settle(self.fx.nodes, self.modules)
+        changed = {node for node, before in known.items() if _known(node) != before}
+        affected = [node for node in self.fx.nodes if node in changed or not changed.isdisjoint(node.all_input_nodes)]
+        for node in affected:
+            self._lifted.pop(node, None)
+        return affected
+
     def _shape_twin(self, node: Node, reader: Node) -> str | None:
         """Where else the shape of an absorbed node can be read: at its source, or at the result."""
         if isinstance(self.op(node), ChannelAffine):
@@ -394,6 +409,11 @@ def describe(node: Node) -> str:
     return f"{name} in {where}" if where else name
 
 
+def _known(node: Node) -> tuple[object, ...]:
+    """What is known of a value."""
+    return tuple(node.meta.get(name) for name in ("rank", "axes", "channels"))
+
+
 def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "scope": replaced.meta.get("scope", ""),
@@ -478,43 +498,58 @@ def rewrite(
     missed: dict[tuple[Node, str], str] = {}
     waiting = deque(graph.fx.nodes)
     queued = set(waiting)
-    visited = 0
+    visited = fused = 0
     while waiting:
         node = waiting.popleft()
         queued.discard(node)
-        if node._erased:
-            continue
-        visited += 1
-        if progress is not None:
-            progress(min(visited, total), total, graph.path(node))
-        for rule in rules:
-            match rule.rewrite(node, graph):
-                case None:
-                    # What stood in the way before may be gone.
-                    missed.pop((node, rule.name), None)
-                case Rewrite() as change:
-                    where = graph.path(node)
-                    if verify:
-                        try:
-                            error = certify(graph, change, where, rule.name)
-                        except Uncertifiable as unknown:
-                            missed[node, rule.name] = str(unknown)
-                            continue
-                        outcome.certificates += 1
-                        outcome.largest_error = max(outcome.largest_error, error)
-                    new = _perform(graph, rule, change)
-                    outcome.remarks.append(Remark("fused", rule.name, where, change.message))
-                    again = [other for other in _neighbourhood(graph, new or _remaining(change)) if other not in queued]
-                    waiting.extendleft(reversed(again))
-                    queued.update(again)
-                    break
-                case Missed() as refusal:
-                    missed[refusal.node or node, rule.name] = refusal.reason
+        if not node._erased:
+            visited += 1
+            if progress is not None:
+                progress(min(visited, total), total, graph.path(node))
+            again = [other for other in _visit(graph, rules, node, verify, outcome, missed) if other not in queued]
+            waiting.extendleft(reversed(again))
+            queued.update(again)
+        if not waiting and len(outcome.remarks) > fused:
+            fused = len(outcome.remarks)
+            waiting.extend(graph.settle())
+            queued.update(waiting)
     for (node, name), reason in missed.items():
         if not node._erased:
             outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
     outcome.remarks += _left_over(graph, {node for node, _ in missed})
     return outcome
+
+
+def _visit(
+    graph: Graph,
+    rules: Sequence[Rule],
+    node: Node,
+    verify: bool,
+    outcome: Outcome,
+    missed: dict[tuple[Node, str], str],
+) -> list[Node]:
+    """Apply the first rule that matches at a node; returns the nodes to look at again."""
+    for rule in rules:
+        match rule.rewrite(node, graph):
+            case None:
+                # What stood in the way before may be gone.
+                missed.pop((node, rule.name), None)
+            case Missed() as refusal:
+                missed[refusal.node or node, rule.name] = refusal.reason
+            case Rewrite() as change:
+                where = graph.path(node)
+                if verify:
+                    try:
+                        error = certify(graph, change, where, rule.name)
+                    except Uncertifiable as unknown:
+                        missed[node, rule.name] = str(unknown)
+                        continue
+                    outcome.certificates += 1
+                    outcome.largest_error = max(outcome.largest_error, error)
+                new = _perform(graph, rule, change)
+                outcome.remarks.append(Remark("fused", rule.name, where, change.message))
+                return _neighbourhood(graph, new or _remaining(change))
+    return []
 
 
 def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:

@@ -634,8 +634,9 @@ def views_of(draw: st.DrawFn, reads: int, shape: torch.Size) -> Step:
         "crop",
         "flatten_layer",
         "permute",
-        "added_axis",
     ]
+    # Three spatial axes are the most that layers have.
+    simple += ["added_axis"] * (rank < 5)
     simple += ["squeeze", "channels_known"] + ["tokens", "some", "first"] * (rank > 2)
     kind = draw(st.sampled_from(simple))
     options: dict[str, dict[str, Any]] = {
