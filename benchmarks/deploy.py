@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def missed(results: dict[str, Any], runtimes: list[str]) -> Iterator[str]:
 def nearest_to_peak(result: dict[str, Any]) -> tuple[float, str]:
     """The largest fraction of the matrix-product peak that a compiled graph reaches, and where."""
     rows = (row for row in result["rows"] if row["graph"] in ("reparam", "latency") and row["of_peak"])
-    return max(((row["of_peak"], row["runtime"]) for row in rows), default=(0.0, "any runtime"))
+    return max(((row["of_peak"], row["runtime"]) for row in rows), key=itemgetter(0), default=(0.0, "any runtime"))
 
 
 def columns(runtimes: list[str]) -> list[tuple[str, str]]:

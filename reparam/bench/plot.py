@@ -43,13 +43,14 @@ def draw(result: Benchmark, path: Path, title: str) -> None:
 
     runtimes = list(dict.fromkeys(row.runtime for row in result.rows))
     graphs = list(dict.fromkeys(row.graph for row in result.rows))
+    times = {(row.graph, row.runtime): row.timing for row in result.rows}
     height = 0.8 / len(graphs)
     figure = Figure(figsize=(8, 1.6 + 0.36 * len(runtimes) * (len(graphs) + 0.7)), layout="constrained")
     axes = figure.add_subplot()
     for index, graph in enumerate(graphs):
         for place, runtime in enumerate(runtimes):
             y = place + (index - (len(graphs) - 1) / 2) * height
-            time = result.row(graph, runtime).timing
+            time = times.get((graph, runtime))
             if time is None:
                 axes.text(0, y, f"  {graph}: not timed", va="center", color=_FAINT, fontsize=8)
                 continue

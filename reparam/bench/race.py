@@ -94,16 +94,17 @@ class Benchmark:
         return f"{inputs}, {about['precision']}, {threads}, {about['processor']}, {about['clock']} time"
 
     def row(self, graph: str, runtime: str) -> Row:
-        """The row of a graph in a runtime."""
-        return next(row for row in self.rows if (row.graph, row.runtime) == (graph, runtime))
+        """The row of a graph in a runtime; a KeyError when it did not take part there."""
+        return {(row.graph, row.runtime): row for row in self.rows}[graph, runtime]
 
     def ratio(self, runtime: str, graph: str, to: str) -> Timing | None:
-        """Time of one graph over that of another in the same runtime, None when either was not timed.
+        """Time of one graph over that of another in the same runtime, None when either was not timed there.
 
         It is the median (with quartiles) of the ratios within each round, not the ratio of the medians: a moment
         in which the machine is slow falls on both sides of a fraction, and cancels.
         """
-        ours, theirs = self.row(graph, runtime).seconds, self.row(to, runtime).seconds
+        seconds = {row.graph: row.seconds for row in self.rows if row.runtime == runtime}
+        ours, theirs = seconds.get(graph), seconds.get(to)
         return timing.summarise([a / b for a, b in zip(ours, theirs, strict=True)]) if ours and theirs else None
 
     @property
