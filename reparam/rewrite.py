@@ -24,10 +24,10 @@ from torch.fx import Node
 
 from reparam import aliasing, facts, measure, views
 from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
-from reparam.capture import carries_hooks
+from reparam.capture import is_opaque
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
-from reparam.lift import Refusal, Sum, is_leaf, lift
+from reparam.lift import Refusal, Sum, lift
 from reparam.report import Remark
 from reparam.verify import Uncertifiable, certify
 
@@ -193,10 +193,7 @@ class Graph:
 
     def is_opaque(self, node: Node) -> bool:
         """Whether a node calls Python that was not traced, and of which nothing else is known."""
-        if node.op != "call_module" or "operator" in node.meta:
-            return False
-        module = self.modules[str(node.target)]
-        return not is_leaf(module) or carries_hooks(module)
+        return is_opaque(node, self.modules)
 
     def lets_pass(self, node: Node) -> bool:
         """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
@@ -325,6 +322,7 @@ class Graph:
         for node, value in rewrite.values:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
+            views.settle(made, self.modules)
             # What takes a place may be a node that is itself replaced: all are, at once.
             result = placed.get(result, result)
             new += made

@@ -697,7 +697,7 @@ def networks(draw: st.DrawFn, length: int = 9) -> tuple[Network, list[tuple[Tens
                 # A step that does not fit (a kernel larger than its input, say) may have changed values in place.
                 results = [network.execute(len(network.steps) - 1, copy.deepcopy(values)) for values in runs]
                 ok = all(r.numel() and r.abs().max() < 1e4 and r.dim() >= 2 for r in results)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, IndexError):
             ok = False
         if not ok:
             network.pop()

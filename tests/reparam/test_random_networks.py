@@ -182,6 +182,12 @@ REGRESSIONS: dict[str, tuple[int, Network]] = {
         Step("interpolate", (1,), {"mode": "nearest"}),
         Step("norm_conv", (2,), {"channels": 1, "out": 3, "kernel": (3, 1), "padding": (2, 1)}),
     ])),
+    # A convolution by function did not say that its input is no image of bytes, which a division makes floats.
+    "a division beside a convolution by function": (2, Network(1, [
+        Step("number", (0,), {"how": "div", "number": 1}),
+        Step("relu", (1,)),
+        Step("conv_function", (0,), {"channels": 1, "out": 1, "kernel": (1, 1), "bias": False}),
+    ], (3, 2))),
 }  # fmt: skip
 
 
