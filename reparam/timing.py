@@ -6,8 +6,11 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+KeyT = TypeVar("KeyT")
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,23 @@ def measure(
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for index in range(rounds):
-        for name in list(contestants) if index % 2 == 0 else reversed(list(contestants)):
+        for name in in_turn(contestants, index):
             gc.collect()
             start = clock()
             contestants[name]()
             seconds[name].append(clock() - start)
-    return {name: _summarise(values) for name, values in seconds.items()}
+    return {name: summarise(values) for name, values in seconds.items()}
 
 
-def _summarise(values: Sequence[float]) -> Timing:
+def in_turn(contestants: Iterable[KeyT], index: int) -> list[KeyT]:
+    """The order of a round: backwards in every other one."""
+    return list(contestants)[:: -1 if index % 2 else 1]
+
+
+def summarise(values: Sequence[float]) -> Timing:
+    """The median and the quartiles of one or more values."""
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0])
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(statistics.median(values), low, high)
 

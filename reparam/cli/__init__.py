@@ -10,12 +10,12 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from reparam.cli import explain, fuse, models, report, verify
+from reparam.cli import bench, explain, fuse, models, report, verify
 from reparam.cli.shell import app, register
 
-__all__ = ["app", "explain", "fuse", "main", "models", "report", "verify"]
+__all__ = ["app", "bench", "explain", "fuse", "main", "models", "report", "verify"]
 
-for function in (fuse.fuse, explain.explain, report.report, verify.verify, models.models):
+for function in (fuse.fuse, explain.explain, report.report, verify.verify, bench.bench, models.models):
     register(function)
 
 
