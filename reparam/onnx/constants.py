@@ -7,6 +7,7 @@ ONNX's own reference implementation; what nobody asks about stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,11 @@ class Constants:
     Args:
         model: The model; it is not changed. An initializer that is also an input, which a caller may override, is no
             constant.
+        dtypes: Types of values, by name, as far as they are known.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, dtypes: Mapping[str, torch.dtype | None]) -> None:
+        self._dtypes = dtypes
         self._opset = model.graph.opset_imports.get("", 1)
         self._known: dict[ir.Value, bool] = {}
         self._tensors: dict[ir.Value, Tensor | None] = {}
@@ -81,8 +84,17 @@ class Constants:
         return self._known[value]
 
     def _sources(self, value: ir.Value) -> list[ir.Value]:
+        """The values whose numbers go into a value."""
         node = value.producer()
-        return [] if node is None else [source for source in node.inputs if source is not None]
+        if node is None:
+            return []
+        inputs = node.inputs[:1] if self.is_cast_like(node) else node.inputs
+        return [source for source in inputs if source is not None]
+
+    def is_cast_like(self, node: ir.Node) -> bool:
+        """Whether a node reads its second input for nothing but its type, which is known."""
+        like = node.inputs[1] if is_standard(node, "CastLike") else None
+        return like is not None and self._dtypes.get(str(like.name)) is not None
 
     def _is_constant(self, value: ir.Value) -> bool:
         node = value.producer()
@@ -124,6 +136,10 @@ class Constants:
             shape = node.inputs[0].shape
             if shape is not None and shape.is_static():  # no need to load the weight
                 return [np.array(shape.numpy(), dtype=np.int64)]
+        if self.is_cast_like(node):
+            source, like = self.tensor(node.inputs[0]), node.inputs[1]
+            assert source is not None and like is not None
+            return [_to_numpy(source.to(self._dtypes[str(like.name)]))]
         proto = ir.to_proto(node)
         assert isinstance(proto, onnx.NodeProto)
         feed = {}

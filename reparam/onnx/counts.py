@@ -33,7 +33,7 @@ def counts(model: ir.Model, known: Mapping[str, Known]) -> Counts:
         model: The model.
         known: What inference tells of its values, by name.
     """
-    constants = Constants(model)
+    constants = Constants(model, {name: of.dtype for name, of in known.items()})
     kinds: list[str] = []
     for node in model.graph:
         kinds += _kinds(node, constants, known)

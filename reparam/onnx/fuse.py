@@ -149,7 +149,7 @@ def _settle_inputs(model: ir.Model, freeze: bool) -> list[Remark]:
 def _rewrite(
     model: ir.Model, known: Mapping[str, Known], rules: Sequence[Rule], verify: bool, progress: Progress | None
 ) -> Outcome:
-    read = Reader(model, known, Constants(model)).read()
+    read = Reader(model, known).read()
     outcome = rewrite(read.graph, rules, verify=verify, progress=progress)
     outcome.remarks[:0] = read.remarks
     initializers = set(model.graph.initializers)

@@ -56,6 +56,7 @@ class Read:
             :func:`leaves` does), with the number of the input that stands there, or the captured value.
         labels: ONNX nodes by the names that remarks call them.
         dtypes: Type of every fx node's value, as far as it is known.
+        casts: Constants that are cast to the type of an activation, and that activation.
         remarks: What could not be read, and why.
     """
 
@@ -65,6 +66,7 @@ class Read:
     links: dict[Node, list[tuple[int, int | ir.Value]]] = field(default_factory=dict)
     labels: dict[str, ir.Node] = field(default_factory=dict)
     dtypes: dict[Node, torch.dtype] = field(default_factory=dict)
+    casts: dict[ir.Node, Node] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
 
 
@@ -100,12 +102,11 @@ class Reader:
     Args:
         model: Not changed.
         known: What inference tells of its values, by name.
-        constants: What is constant in it.
     """
 
-    def __init__(self, model: ir.Model, known: Mapping[str, Known], constants: Constants) -> None:
+    def __init__(self, model: ir.Model, known: Mapping[str, Known]) -> None:
         self.model = model
-        self.constants = constants
+        self.constants = Constants(model, {name: of.dtype for name, of in known.items()})
         self._known = known
         self._fx = Graph()
         self._modules: dict[str, nn.Module] = {"": _Holder()}
@@ -122,6 +123,8 @@ class Reader:
                 self._note(value, self._fx.placeholder(str(value.name)))
         for node in graph:
             if all(map(self.constants.is_constant, node.outputs)) and node.outputs:
+                if self.constants.is_cast_like(node) and node.inputs[1] in self._nodes:
+                    self.result.casts[node] = self._nodes[node.inputs[1]]
                 continue
             self._node(node, opset)
         kept = [(index, value) for index, value in enumerate(graph.outputs) if not self.constants.is_constant(value)]

@@ -58,6 +58,9 @@ class _Writer:
                 self._relink(node, self.read.nodes[node])
             elif node.op == "call_function" and node not in self.read.values and node.meta.get("kind") != "other":
                 self._new(node)
+        for cast, like in self.read.casts.items():
+            if like._erased and like in self.read.dtypes:
+                _cast(cast, _TYPES[self.read.dtypes[like]])
         _remove_unused(self.graph, used)
         self._name()
 
@@ -278,6 +281,14 @@ def _common(paths: list[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
+
+
+def _cast(node: ir.Node, kind: ir.DataType) -> None:
+    """A cast to the type of a value that is gone becomes a cast to that type."""
+    node.resize_inputs(1)
+    node.op_type = "Cast"
+    node.attributes.clear()
+    node.attributes.add(ir.AttrInt64("to", kind.value))
 
 
 def _names(graph: ir.Graph) -> set[str]:
