@@ -139,7 +139,7 @@ class Constants:
         if self.is_cast_like(node):
             source, like = self.tensor(node.inputs[0]), node.inputs[1]
             assert source is not None and like is not None
-            return [_to_numpy(source.to(self._dtypes[str(like.name)]))]
+            return [to_numpy(source.to(self._dtypes[str(like.name)]))]
         proto = ir.to_proto(node)
         assert isinstance(proto, onnx.NodeProto)
         feed = {}
@@ -148,7 +148,7 @@ class Constants:
                 tensor = self.tensor(source)
                 if tensor is None:
                     raise ValueError(f"{source.name} is not known")
-                feed[source.name] = _to_numpy(tensor)
+                feed[source.name] = to_numpy(tensor)
         graph = onnx.helper.make_graph(
             [proto],
             "constant",
@@ -160,7 +160,8 @@ class Constants:
         return list(reference.ReferenceEvaluator(model).run(None, feed))
 
 
-def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor of torch as an array, also of types that numpy does not know itself."""
     if tensor.dtype is torch.bfloat16:
         import ml_dtypes
 

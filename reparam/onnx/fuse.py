@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import onnx
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
-from reparam.errors import ExportError, ReparamError, VerificationError
-from reparam.export import OnnxModel
 from reparam.onnx import files, shapes
-from reparam.onnx.constants import DTYPES, Constants
+from reparam.onnx.constants import DTYPES
 from reparam.onnx.counts import counts
 from reparam.onnx.read import UNDERSTOOD_FROM, Reader
+from reparam.onnx.running import BATCHES, EXAMPLE_BATCH, Runner, choose_sizes, compare_models, input_names
 from reparam.onnx.shapes import Known
 from reparam.onnx.write import write
-from reparam.report import Comparison, Remark, Report
+from reparam.report import Remark, Report
 from reparam.rewrite import Outcome, Rule, rewrite
-from reparam.verify import TOLERANCES, compare
 
-Sizes: TypeAlias = dict[str, tuple[int, ...]]
 Progress: TypeAlias = Callable[[int, int, str], None]
-
-# Tried for free sizes that are no batch, such as those of images: the first that the model takes.
-_FREE = (64, 224, 32, 256, 128, 16, 8, 1)
-_BATCHES = (1, 3)
-_EXAMPLE_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -100,16 +90,20 @@ def fuse_onnx(
     model = given.graph()
     remarks = _settle_inputs(model, freeze_inputs)
     bare = shapes.skeleton(given.proto)
-    reference = OnnxModel(given.runnable) if verify else None
-    sizes = _sizes(model, input_size, reference)
-    known = shapes.infer(bare, sizes[_EXAMPLE_BATCH])
+    reference = Runner(given.runnable, input_names(model)) if verify else None
+    sizes = choose_sizes(model, input_size, reference)
+    known = shapes.infer(bare, sizes[EXAMPLE_BATCH])
     before, nodes = counts(model, known), len(model.graph)
     outcome = _rewrite(model, known, _rules(passes), verify, progress)
     with files.staged(model, given, destination) as staged:
         comparison = None
         if reference is not None:
-            batches = [sizes[batch] for batch in (_BATCHES if sizes[1] != sizes[3] else _BATCHES[:1])]
-            comparison = _compare(model, reference, OnnxModel(staged.runnable), batches)
+            remarks += [Remark("capture", "Verify", "", f"{reference.reason}; compared in {reference.name}")] * bool(
+                reference.reason
+            )
+            batches = [sizes[batch] for batch in (BATCHES if sizes[1] != sizes[3] else BATCHES[:1])]
+            fused = Runner(staged.runnable, input_names(model))
+            comparison = compare_models(model, reference, fused, batches)
         after = counts(model, known | _types_after(model, known))
         report = Report(
             before, after, (*remarks, *outcome.remarks), outcome.certificates, outcome.largest_error, comparison
@@ -163,103 +157,3 @@ def _types_after(model: ir.Model, known: Mapping[str, Known]) -> dict[str, Known
     """The types of new values."""
     values = [output for node in model.graph for output in node.outputs if output.name not in known]
     return {str(value.name): Known(None if value.dtype is None else DTYPES.get(value.dtype)) for value in values}
-
-
-# Running both.
-
-
-def _sizes(model: ir.Model, input_size: Sequence[int] | None, reference: OnnxModel | None) -> dict[int, Sizes]:
-    """Sizes of all inputs for three batch sizes; the same where the batch is not free.
-
-    Raises:
-        ReparamError: The model does not run on any that were tried.
-    """
-    failure: Exception | None = None
-    for free in _FREE:
-        found = {batch: _bound(model, batch, free, input_size) for batch in (*_BATCHES, _EXAMPLE_BATCH)}
-        if reference is None:
-            return found
-        try:
-            reference(*_inputs(model, found[1], 1))
-            return found
-        except ExportError as error:
-            failure = failure or error
-        if found[1] == _bound(model, 1, free + 1, input_size):
-            break  # there is nothing to choose
-    raise ReparamError(
-        f"the model does not run on random inputs of {_texts(found[1])}: {failure}; give the size of one input "
-        "(input_size=, --input-size CxHxW), or write without comparing (verify=False, --no-verify)"
-    ) from failure
-
-
-def _texts(sizes: Sizes) -> str:
-    return " and ".join("x".join(map(str, shape)) or "no axes" for shape in sizes.values())
-
-
-def _bound(model: ir.Model, batch: int, free: int, input_size: Sequence[int] | None) -> Sizes:
-    """Numbers for the sizes of all inputs; one with the name of a batch axis is a batch wherever it stands."""
-    found: dict[str, list[int | str]] = {}
-    for value in _required(model):
-        dims = [] if value.shape is None else [size if isinstance(size, int) else size.value for size in value.shape]
-        found[str(value.name)] = shapes.symbols(dims, str(value.name))
-    bound: dict[str, int] = {}
-    for dims in found.values():
-        if dims and isinstance(dims[0], str):
-            bound[dims[0]] = batch
-    for dims in found.values():
-        if input_size is not None and len(dims) == len(input_size) + 1:
-            for size, given in zip(dims[1:], input_size, strict=True):
-                if isinstance(size, str):
-                    bound.setdefault(size, given)
-                elif size != given:
-                    raise ReparamError(f"an input size of {size} is fixed in the model, and cannot be {given}")
-    return {name: tuple(d if isinstance(d, int) else bound.get(d, free) for d in dims) for name, dims in found.items()}
-
-
-def _required(model: ir.Model) -> Iterator[ir.Value]:
-    """The inputs that a caller has to give."""
-    return (value for value in model.graph.inputs if not value.is_initializer())
-
-
-def _inputs(model: ir.Model, sizes: Sizes, seed: int) -> list[Tensor]:
-    """Random inputs: noise, or zeros and ones where the type is not of floating-point numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for value in _required(model):
-        dtype = None if value.dtype is None else DTYPES.get(value.dtype)
-        shape = sizes[str(value.name)]
-        if dtype is None or value.shape is None:
-            raise ExportError(f"nothing random can be made for the input {value.name}")
-        if dtype.is_floating_point:
-            made.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        else:
-            made.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
-    return made
-
-
-def _compare(model: ir.Model, reference: OnnxModel, fused: OnnxModel, batches: Sequence[Sizes]) -> Comparison:
-    """Both models on the same random inputs.
-
-    Raises:
-        VerificationError: They disagree.
-    """
-    found = []
-    for seed, sizes in enumerate(batches, start=1):
-        inputs = _inputs(model, sizes, seed)
-        expected = reference(*inputs)
-        again = reference(*inputs)
-        try:
-            compare(expected, again)
-        except VerificationError as error:
-            raise VerificationError("the model's outputs differ from run to run; verify=False, or --no-verify, writes it without comparing") from error
-        try:
-            # The precision of the model, also where it returns numbers of another.
-            found.append(compare(expected, fused(*inputs), _tolerance(expected, inputs)))
-        except VerificationError as error:
-            raise VerificationError(f"in onnxruntime: {error}; nothing was written", error.comparison) from error
-    return max(found, key=lambda comparison: comparison.largest_error)
-
-
-def _tolerance(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> float | None:
-    allowed = [TOLERANCES[x.dtype] for x in (*outputs, *inputs) if x.dtype in TOLERANCES]
-    return max(allowed, default=None)

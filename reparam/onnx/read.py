@@ -253,7 +253,8 @@ class Reader:
             if is_standard(node, "BatchNormalization"):
                 self.result.remarks.append(Remark("missed", "Lift", label, self._why_no_affine(node, opset)))
         else:
-            made = self._fx.call_function(found.function, found.args)
+            name = getattr(found.function, "__name__", node.op_type.lower())
+            made = self._fx.create_node("call_function", found.function, found.args, name=name)
         made.meta["scope"] = label
         self._link(made, node, outside)
         if len(node.outputs) > 1 and found is None:
