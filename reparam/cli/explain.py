@@ -49,7 +49,9 @@ def explain(
     if as_json:
         print_json({**about, "report": report})
     else:
-        _print_remarks(f"{checkpoint}: {about['model'] or ('ONNX graph' if 'onnx' in about else 'compiled model')}", report)
+        _print_remarks(
+            f"{checkpoint}: {about['model'] or ('ONNX graph' if 'onnx' in about else 'compiled model')}", report
+        )
 
 
 def _read(checkpoint: Path, how: Reading) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from onnx import reference
+from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from reparam.errors import ExportError, ReparamError, VerificationError
@@ -25,6 +27,16 @@ BATCHES = (1, 3)
 EXAMPLE_BATCH = 2
 # Tried for free sizes that are no batch, such as those of images: the first that the model takes.
 _FREE = (64, 224, 32, 256, 128, 16, 8, 1)
+
+
+class BatchNormalization(OpRun):
+    """Inference. The reference takes norms before operator set 14 for norms in training, unless told their momentum."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float = 1e-5, **_: Any) -> tuple[Any]:
+        scale, bias, mean, var = (v.reshape(-1, *[1] * (x.ndim - 2)) for v in (scale, bias, mean, var))
+        return ((scale * (x - mean) / np.sqrt(var + epsilon) + bias).astype(x.dtype),)
 
 
 class Runner:
@@ -52,7 +64,10 @@ class Runner:
         except ExportError as error:
             self.name, self.reason = "ONNX's reference implementation", str(error)
             try:
-                self._reference = reference.ReferenceEvaluator(source if isinstance(source, bytes) else str(source))
+                proto = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+                old = any(of.domain in ("", "ai.onnx") and of.version < 14 for of in proto.opset_import)
+                norms = [BatchNormalization] if old else []
+                self._reference = reference.ReferenceEvaluator(proto, new_ops=norms)
             except Exception:  # it raises whatever its operators do
                 advice = "verify=False, or --no-verify, writes the result without comparing"
                 raise ExportError(f"{error}; {advice}") from error

@@ -343,4 +343,3 @@ def _remove_unused(graph: ir.Graph, used: Iterable[ir.Value]) -> None:
     for name, value in list(graph.initializers.items()):
         if value in used and not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             del graph.initializers[name]
-
