@@ -3,8 +3,8 @@
     python benchmarks/onnx_fuse.py [--models NAME ...] [--exporters torchscript dynamo] [--markdown] [--json FILE]
 
 Exported with constant folding off, and without the exporters' own optimisers, so that every norm and branch is in the
-file, as it is in files exported in training mode. Each way gets the file and nothing else. What it makes of it is run in
-onnxruntime with all of its optimisations off, on two batch sizes, and compared with the file itself.
+file, as it is in files exported in training mode. Each way gets the file and nothing else. What it makes of it is run
+in onnxruntime with all of its optimisations off, on two batch sizes, and compared with the file itself.
 """
 
 from __future__ import annotations

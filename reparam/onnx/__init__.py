@@ -1,4 +1,4 @@
-"""ONNX graphs in, ONNX graphs out: :func:`fuse_onnx` rewrites an exported training graph with the engine's own rules."""
+"""ONNX graphs in, ONNX graphs out: :func:`fuse_onnx` rewrites an exported graph with the engine's own rules."""
 
 from reparam.errors import ExportError
 

@@ -137,9 +137,9 @@ class Constants:
             if shape is not None and shape.is_static():  # no need to load the weight
                 return [np.array(shape.numpy(), dtype=np.int64)]
         if self.is_cast_like(node):
-            source, like = self.tensor(node.inputs[0]), node.inputs[1]
-            assert source is not None and like is not None
-            return [to_numpy(source.to(self._dtypes[str(like.name)]))]
+            number, like = self.tensor(node.inputs[0]), node.inputs[1]
+            dtype = None if like is None else self._dtypes[str(like.name)]
+            return [] if number is None or dtype is None else [to_numpy(number.to(dtype))]
         proto = ir.to_proto(node)
         assert isinstance(proto, onnx.NodeProto)
         feed = {}

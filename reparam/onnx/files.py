@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import google.protobuf.message
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from reparam.errors import CheckpointError, ExportError
 from reparam.storage import atomic_write, check_destination
@@ -61,7 +61,7 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
         raise CheckpointError(f"{path}: no such file")
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
-    except google.protobuf.message.DecodeError as error:
+    except DecodeError as error:
         raise CheckpointError(f"{path}: is no ONNX model, or was cut short ({error})") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -94,10 +94,6 @@ class Call:
         """The numbers of a constant input."""
         return self.reader.constants.tensor(self._input(index))
 
-    def number(self, tensor: Tensor) -> Node:
-        """A constant that was made here."""
-        return self.reader.made_constant(tensor)
-
     def known(self, index: int = 0) -> Known:
         """What inference tells of an input."""
         return self.reader.known(self._input(index))
@@ -107,12 +103,12 @@ class Call:
         source = self._input(index)
         return None if source is None else self.reader.sizes(source)
 
-    def int(self, name: str, default: Any = None) -> Any:
+    def integer(self, name: str, default: Any = None) -> Any:
         """An attribute that is a number."""
         attribute = self.node.attributes.get(name)
         return default if attribute is None else attribute.as_int()
 
-    def float(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float) -> float:
         """An attribute that is a number."""
         attribute = self.node.attributes.get(name)
         return default if attribute is None else attribute.as_float()
@@ -172,7 +168,7 @@ def _conv(call: Call) -> Said | None:
     if window is None:
         return None
     stride, pads, dilation = window
-    groups = call.int("group", 1)
+    groups = call.integer("group", 1)
     if not _is_even(pads):
         return Said(Conv(weight, bias, tuple(stride), pads, tuple(dilation), groups), (call.value(0),))
     parameters = call.value(1), call.value(2) if call.has(2) else None
@@ -191,7 +187,7 @@ def _conv_transpose(call: Call) -> Said | None:
     assert window is not None
     stride, pads, dilation = window
     more = call.ints("output_padding") or [0] * len(stride)
-    groups = call.int("group", 1)
+    groups = call.integer("group", 1)
     if _is_even(pads) and all(m < max(s, d) for m, s, d in zip(more, stride, dilation, strict=True)):
         parameters = call.value(1), call.value(2) if call.has(2) else None
         function = _SPREAD[weight.dim() - 2]
@@ -207,10 +203,10 @@ def _conv_transpose(call: Call) -> Said | None:
 @_says("Gemm")
 def _gemm(call: Call) -> Said | None:
     weight, bias = call.constant(1), call.constant(2)
-    if weight is None or (call.has(2) and bias is None) or not call.is_activation() or call.int("transA", 0):
+    if weight is None or (call.has(2) and bias is None) or not call.is_activation() or call.integer("transA", 0):
         return None
-    alpha, beta = call.float("alpha", 1.0), call.float("beta", 1.0)
-    if not call.int("transB", 0):
+    alpha, beta = call.number("alpha", 1.0), call.number("beta", 1.0)
+    if not call.integer("transB", 0):
         weight = weight.t()
     if bias is not None:
         if bias.numel() not in (1, len(weight)) or bias.shape[-1:].numel() != bias.numel():
@@ -232,12 +228,16 @@ def _matmul(call: Call) -> Said | None:
 
 @_says("BatchNormalization")
 def _batch_norm(call: Call) -> Said | None:
-    if call.int("training_mode", 0) or call.int("spatial", 1) != 1 or any(o.uses() for o in call.node.outputs[1:]):
+    if (
+        call.integer("training_mode", 0)
+        or call.integer("spatial", 1) != 1
+        or any(o.uses() for o in call.node.outputs[1:])
+    ):
         return None
     if not call.is_activation() or any(call.constant(index) is None for index in range(1, 5)):
         return None
     x, scale, shift, mean, variance = call.values()
-    return Said(F.batch_norm, (x, mean, variance, scale, shift, False, 0.0, call.float("epsilon", 1e-5)))
+    return Said(F.batch_norm, (x, mean, variance, scale, shift, False, 0.0, call.number("epsilon", 1e-5)))
 
 
 # Arithmetic.
@@ -307,7 +307,7 @@ def _pad(call: Call) -> Said | None:
     )
     if flat is None or rank is None or mode is None:
         return None
-    value = torch.tensor(call.float("value", 0.0))
+    value = torch.tensor(call.number("value", 0.0))
     if call.has(2):
         given = call.constant(2)
         if given is None:
@@ -337,8 +337,8 @@ def _average_pool(call: Call) -> Said | None:
     stride, pads, _ = window
     if not _is_even(pads) or any(before > k // 2 for (before, _), k in zip(pads, kernel, strict=True)):
         return None
-    counted = bool(call.int("count_include_pad", 0))
-    ceil = bool(call.int("ceil_mode", 0))
+    counted = bool(call.integer("count_include_pad", 0))
+    ceil = bool(call.integer("ceil_mode", 0))
     return Said(_MEAN[len(kernel)], (call.value(0), tuple(kernel), tuple(stride), _before(pads), ceil, counted))
 
 
@@ -351,7 +351,7 @@ def _max_pool(call: Call) -> Said | None:
     stride, pads, dilation = window
     if not _is_even(pads) or any(before > k // 2 for (before, _), k in zip(pads, kernel, strict=True)):
         return None
-    ceil = bool(call.int("ceil_mode", 0))
+    ceil = bool(call.integer("ceil_mode", 0))
     args = call.value(0), tuple(kernel), tuple(stride), _before(pads), tuple(dilation), ceil
     return Said(_LARGEST[len(kernel)], args)
 
@@ -366,11 +366,11 @@ def _global_pool(call: Call) -> Said | None:
 @_says("ReduceMean", "ReduceMax", "ReduceMin")
 def _reduce(call: Call) -> Said | None:
     axes, rank = call.ints("axes", 1), call.known().rank
-    if axes is None and (call.has(1) or rank is None or call.int("noop_with_empty_axes", 0)):
+    if axes is None and (call.has(1) or rank is None or call.integer("noop_with_empty_axes", 0)):
         return None
-    functions = {"ReduceMean": torch.mean, "ReduceMax": torch.amax, "ReduceMin": torch.amin}
+    functions: dict[str, Any] = {"ReduceMean": torch.mean, "ReduceMax": torch.amax, "ReduceMin": torch.amin}
     axes = axes or list(range(rank or 0))
-    return Said(functions[call.node.op_type], (call.value(0), tuple(axes), bool(call.int("keepdims", 1))))
+    return Said(functions[call.node.op_type], (call.value(0), tuple(axes), bool(call.integer("keepdims", 1))))
 
 
 # Views.
@@ -380,7 +380,7 @@ def _reduce(call: Call) -> Said | None:
 def _reshape(call: Call) -> Said | None:
     sizes = call.sizes(1)
     rank = call.known().rank
-    if sizes is None or call.int("allowzero", 0):
+    if sizes is None or call.integer("allowzero", 0):
         return None
     x = call.value(0)
     copied = [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size == 0]
@@ -393,7 +393,7 @@ def _reshape(call: Call) -> Said | None:
 @_says("Flatten")
 def _flatten(call: Call) -> Said | None:
     rank = call.known().rank
-    if rank is None or rank < 2 or call.int("axis", 1) not in (1, 1 - rank):
+    if rank is None or rank < 2 or call.integer("axis", 1) not in (1, 1 - rank):
         return None
     return Said(torch.flatten, (call.value(0), 1))
 
@@ -419,7 +419,7 @@ def _unsqueeze(call: Call) -> Said | None:
 
 @_says("Concat")
 def _concat(call: Call) -> Said | None:
-    return Said(torch.cat, (tuple(call.values()), call.int("axis", 0)))
+    return Said(torch.cat, (tuple(call.values()), call.integer("axis", 0)))
 
 
 @_says("Slice")

@@ -77,12 +77,21 @@ def leaves(node: Node) -> list[Node]:
     return found
 
 
+def graphs_of(attribute: ir.Attr) -> list[ir.Graph]:
+    """The graphs that an attribute holds."""
+    match attribute.type:
+        case ir.AttributeType.GRAPH:
+            return [attribute.as_graph()]
+        case ir.AttributeType.GRAPHS:
+            return list(attribute.as_graphs())
+    return []
+
+
 def captured(node: ir.Node) -> Iterator[ir.Value]:
     """The values of outer graphs that the graphs inside of a node read."""
     seen: dict[ir.Value, None] = {}
     for attribute in node.attributes.values():
-        graphs = {ir.AttributeType.GRAPH: lambda a: [a.as_graph()], ir.AttributeType.GRAPHS: lambda a: a.as_graphs()}
-        for graph in graphs.get(attribute.type, lambda a: [])(attribute):
+        for graph in graphs_of(attribute):
             own = {*graph.inputs, *graph.initializers.values()}
             for inner in graph:
                 read = [*inner.inputs, *captured(inner)]
@@ -162,7 +171,8 @@ class Reader:
         """A value as a list of sizes: numbers, sizes of activations, or whatever else is computed."""
         tensor = self.constants.tensor(value)
         if tensor is not None:
-            return [int(number) for number in tensor.flatten().tolist()]
+            numbers: list[int | Node] = [int(number) for number in tensor.flatten().tolist()]
+            return numbers
         node = value.producer()
         if node is not None and is_standard(node):
             found = self._sizes_of(node)
@@ -182,8 +192,9 @@ class Reader:
                 rank, made = self.known(source).rank, self._nodes[node.outputs[0]]
                 if rank is None or made.target is not getattr:
                     return None
-                start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)
-                return [self._item(made, axis) for axis in range(rank)][start:end]
+                start, end = (int(node.attributes.get_int(name, 0) or 0) for name in ("start", "end"))
+                items: list[int | Node] = [self._item(made, axis) for axis in range(rank)]
+                return items[start : end if "end" in node.attributes else None]
             case "Identity" | "Unsqueeze" | "Squeeze":
                 return self.sizes(source)
             case "Gather":
@@ -278,7 +289,7 @@ class Reader:
 
     def _said(self, node: ir.Node, opset: int) -> operators.Said | None:
         """What a node computes; arithmetic on integers is of no interest."""
-        if not node.outputs or not self.known(node.outputs[0]).dtype in _FLOATING:
+        if not node.outputs or self.known(node.outputs[0]).dtype not in _FLOATING:
             return None
         return operators.said(operators.Call(node, self, opset))
 

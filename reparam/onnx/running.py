@@ -66,7 +66,7 @@ class Runner:
             try:
                 proto = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
                 old = any(of.domain in ("", "ai.onnx") and of.version < 14 for of in proto.opset_import)
-                norms = [BatchNormalization] if old else []
+                norms: list[type[OpRun]] = [BatchNormalization] if old else []
                 self._reference = reference.ReferenceEvaluator(proto, new_ops=norms)
             except Exception:  # it raises whatever its operators do
                 advice = "verify=False, or --no-verify, writes the result without comparing"
@@ -122,8 +122,7 @@ def _bound(model: ir.Model, batch: int, free: int, input_size: Sequence[int] | N
     """Numbers for the sizes of all inputs; one with the name of a batch axis is a batch wherever it stands."""
     found: dict[str, list[int | str]] = {}
     for value in _required(model):
-        dims = [] if value.shape is None else [size if isinstance(size, int) else size.value for size in value.shape]
-        found[str(value.name)] = shapes.symbols(dims, str(value.name))
+        found[str(value.name)] = shapes.symbols(value)
     bound: dict[str, int] = {}
     for dims in found.values():
         if dims and isinstance(dims[0], str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,9 +59,10 @@ def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def symbols(shape: Sequence[int | str | None], name: str) -> list[int | str]:
+def symbols(value: ir.Value) -> list[int | str]:
     """The sizes of an input as numbers and names; what has no name gets one."""
-    return [f"{name}.{axis}" if size is None else size for axis, size in enumerate(shape)]
+    sizes = [size if isinstance(size, int) else size.value for size in value.shape or ()]
+    return [f"{value.name}.{axis}" if size is None else size for axis, size in enumerate(sizes)]
 
 
 def infer(bare: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, Known]:
@@ -105,10 +107,9 @@ def _bind(value: onnx.ValueInfoProto, bound: Mapping[str, int]) -> bool:
 
 
 def _inferred(model: onnx.ModelProto) -> Iterator[tuple[str, torch.dtype | None, tuple[int | None, ...] | None]]:
-    try:
+    # Where it fails, what the file declares is all that is known.
+    with contextlib.suppress(onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        pass  # then what the file declares is all that is known
     graph = model.graph
     for tensor in graph.initializer:
         yield tensor.name, DTYPES.get(ir.DataType(tensor.data_type)), tuple(tensor.dims)

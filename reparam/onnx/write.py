@@ -21,10 +21,11 @@ from torch.fx import Node
 from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
 from reparam.onnx.constants import DTYPES
-from reparam.onnx.read import Read, leaves
+from reparam.onnx.read import Read, graphs_of, leaves
 from reparam.rewrite import origins
 
 _TYPES = {dtype: kind for kind, dtype in DTYPES.items()}
+_END = 2**63 - 1  # of any axis
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -230,16 +231,34 @@ class _Emission:
         return x if op.shift is None else self.node("Add", [x, self.constant("shift", op.shift.view(shape))])
 
     def _pad(self, op: Pad, x: ir.Value, rank: int | None) -> ir.Value:
+        """Padding, and slices where it crops: negative amounts are legal, and not known everywhere."""
+        crops = {axis - len(op.padding): pair for axis, pair in enumerate(op.padding) if min(pair) < 0}
+        if crops:
+            starts = [max(0, -before) for before, _ in crops.values()]
+            ends = [min(0, after) or _END for _, after in crops.values()]
+            x = self._slice(x, {"starts": starts, "ends": ends, "axes": list(crops)}, rank)
+        if not op.pads:
+            return x
         if rank is None:
             raise RewriteError(f"the number of axes of {x.name} is not known, which ONNX's padding needs")
-        pairs = ((0, 0),) * (rank - len(op.padding)) + op.padding
-        pads = [before for before, _ in pairs] + [after for _, after in pairs]
+        pairs = ((0, 0),) * (rank - len(op.padding)) + tuple((max(0, a), max(0, b)) for a, b in op.padding)
+        pads = _flat(pairs)
         mode = {} if op.mode == ZEROS else {"mode": _MODES[op.mode]}
         if self.writer.opset < 11:
             return self.node("Pad", [x], pads=pads, **({"value": op.value} if op.value else {}), **mode)
-        amounts = self.writer.constant(f"{self.replaced.name or 'Pad'}.pads", torch.tensor(pads, dtype=torch.int64))
         value = [self.constant("value", torch.tensor(op.value))] if op.value else []
-        return self.node("Pad", [x, amounts, *value], **mode)
+        return self.node("Pad", [x, self._integers("pads", pads), *value], **mode)
+
+    def _slice(self, x: ir.Value, about: dict[str, list[int]], rank: int | None) -> ir.Value:
+        if self.writer.opset >= 10:
+            return self.node("Slice", [x, *(self._integers(name, numbers) for name, numbers in about.items())])
+        if rank is None:
+            raise RewriteError(f"the number of axes of {x.name} is not known, which an old Slice needs")
+        return self.node("Slice", [x], **about | {"axes": [axis + rank for axis in about["axes"]]})
+
+    def _integers(self, name: str, numbers: list[int]) -> ir.Value:
+        label = self.replaced.name or self.replaced.op_type
+        return self.writer.constant(f"{label}.{name}", torch.tensor(numbers, dtype=torch.int64))
 
     def _pool(self, op: AveragePool, x: ir.Value) -> ir.Value:
         pads = _flat(tuple((p, p) for p in op.padding))
@@ -318,12 +337,7 @@ def _is_within(node: ir.Node, outer: ir.Node) -> bool:
 
 
 def _graphs_of(node: ir.Node) -> list[ir.Graph]:
-    found: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            found.append(attribute.as_graph())
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            found += attribute.as_graphs()
+    found = [graph for attribute in node.attributes.values() for graph in graphs_of(attribute)]
     return [*found, *(inner for graph in found for inner in graph.subgraphs())]
 
 

@@ -44,7 +44,7 @@ def model(
     ir_version: int = 8,
     **more: Any,
 ) -> Any:
-    """A model from ``(op, inputs, outputs, attributes)``, with one image ``x`` in and ``y`` out unless told otherwise."""
+    """A model from ``(op, inputs, outputs, attributes)``, with an image ``x`` in and ``y`` out by default."""
     made = [helper.make_node(op, list(i), list(o), name=f"{op}_{o[0]}", **a) for op, i, o, a in nodes]
     inputs = inputs or {"x": ["n", 3, 8, 8]}
     outputs = outputs or {"y": ["n", None, None, None]}
@@ -143,7 +143,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.importorskip("onnxscript")
         torch.onnx.export(
             network, (x,), str(path), dynamo=False, do_constant_folding=False, training=torch.onnx.TrainingMode.EVAL,
-            input_names=["image"], output_names=["logits"], dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+            input_names=["image"], output_names=["logits"],
+            dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
         )  # fmt: skip
     else:
         shapes = ({0: torch.export.Dim("batch")},)
@@ -385,7 +386,8 @@ def test_a_shared_weight_is_fused_twice() -> None:
     norm = nodes[1][1][1:]
     proto = model(
         [*nodes, ("Conv", ["x", "block.conv.weight"], ["b"], {"pads": [1] * 4}),
-         ("Relu", ["b"], ["c"], {}), ("BatchNormalization", ["c", *norm], ["d"], {}), ("Concat", ["a", "d"], ["y"], {"axis": 1})],
+         ("Relu", ["b"], ["c"], {}), ("BatchNormalization", ["c", *norm], ["d"], {}),
+         ("Concat", ["a", "d"], ["y"], {"axis": 1})],
         weights,
     )  # fmt: skip
     fused = fuse_onnx(proto).model
