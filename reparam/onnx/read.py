@@ -192,14 +192,14 @@ class Reader:
                 rank, made = self.known(source).rank, self._nodes[node.outputs[0]]
                 if rank is None or made.target is not getattr:
                     return None
-                start, end = (int(node.attributes.get_int(name, 0) or 0) for name in ("start", "end"))
-                items: list[int | Node] = [self._item(made, axis) for axis in range(rank)]
-                return items[start : end if "end" in node.attributes else None]
+                start, end = (node.attributes.get(name) for name in ("start", "end"))
+                axes = range(rank)[start.as_int() if start else 0 : end.as_int() if end else rank]
+                return [self._item(made, axis) for axis in axes]
             case "Identity" | "Unsqueeze" | "Squeeze":
                 return self.sizes(source)
             case "Gather":
-                picked = self.constants.tensor(node.inputs[1])
-                items = None if picked is None or node.attributes.get_int("axis", 0) else self.sizes(source)
+                picked, axis = self.constants.tensor(node.inputs[1]), node.attributes.get("axis")
+                items = None if picked is None or (axis and axis.as_int()) else self.sizes(source)
                 return None if items is None or picked is None else [items[int(i)] for i in picked.flatten()]
             case "Concat":
                 parts = [None if value is None else self.sizes(value) for value in node.inputs]
@@ -283,7 +283,9 @@ class Reader:
         """Why a norm is not read as a scale and a shift."""
         if opset < UNDERSTOOD_FROM:
             return f"operator set {opset} is too old"
-        if node.attributes.get_int("training_mode", 0) or any(output.uses() for output in node.outputs[1:]):
+        if ((mode := node.attributes.get("training_mode")) and mode.as_int()) or any(
+            output.uses() for output in node.outputs[1:]
+        ):
             return "it is in training mode; export the model in eval mode"
         return "its scale, shift, mean or variance are no constants"
 

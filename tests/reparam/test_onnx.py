@@ -355,7 +355,7 @@ def test_unknown_domains_pass_through() -> None:
     """Its neighbours are fused all the same."""
     nodes, weights = conv_norm(y="z")
     proto = model(
-        [*nodes, ("Thing", ["z", ""], ["y", ""], {"domain": "mine", "level": 3})],
+        [*nodes, ("Thing", ["z", "", "z"], ["y"], {"domain": "mine", "level": 3})],
         weights,
         opsets=[helper.make_opsetid("mine", 2)],
     )
