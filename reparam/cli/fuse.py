@@ -10,10 +10,12 @@ import typer
 from rich.filesize import decimal
 
 from reparam.cli.files import Reading, about_input, ask_for_shape, inputs_of, parse_shape, read, resolve
+from reparam.cli.onnx_graph import fuse_graph, is_onnx
 from reparam.cli.shell import (
     Bar,
     Debug,
     Ema,
+    FreezeInputs,
     InputSize,
     Json,
     Model,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 def fuse(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="Training checkpoint (.pth, .pt, .safetensors), or .pt2.")
+        Path, typer.Argument(metavar="CKPT", help="Training checkpoint (.pth, .pt, .safetensors), .pt2 or .onnx.")
     ],
     output: Annotated[
         Path | None,
@@ -53,6 +55,7 @@ def fuse(
         typer.Option("--decisions", metavar="FILE", help="Replay what was timed before, and keep what is timed now."),
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Write without checking anything.")] = False,
+    freeze_inputs: FreezeInputs = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -61,14 +64,19 @@ def fuse(
 
     The input file is never changed, and the output appears complete or not at all.
     """
-    output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
-    if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
-        raise ReparamError(f"{output}: the output must end in .pth, .pt, .safetensors or .onnx")
     if optimize not in ("size", "latency"):
         raise ReparamError(f"--optimize {optimize} is not known; use size or latency")
     if decisions is not None and optimize == "size":
         raise ReparamError("--decisions is about what is timed; it needs --optimize latency")
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
+    if is_onnx(checkpoint):
+        if optimize == "latency":
+            raise ReparamError(f"{checkpoint}: --optimize latency times PyTorch; leave it out for an ONNX graph")
+        options: dict[str, bool] = {"freeze": freeze_inputs, "verify": not no_verify}
+        return fuse_graph(checkpoint, output, how, as_json=as_json, quiet=quiet, **options)
+    output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
+    if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
+        raise ReparamError(f"{output}: the output must end in .pth, .pt, .safetensors or .onnx")
     with Bar(quiet) as bar:
         import reparam
         from reparam.storage import check_destination
@@ -102,6 +110,7 @@ def fuse(
         print_json(about | onnx | {"report": report.to_dict()})
     elif not quiet:
         _print_fused(checkpoint, network, output, report, exported)
+    return None
 
 
 def _write(deploy: nn.Module, network: Network, output: Path, inputs: Tensor | None) -> Exported | None:
