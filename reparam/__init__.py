@@ -7,6 +7,7 @@ from reparam import algebra, errors, lift, passes
 from reparam.compiler import compile, explain
 from reparam.errors import ReparamError, VerificationError
 from reparam.expand import expand
+from reparam.export import Exported, ImageInput, export
 from reparam.report import Comparison, Counts, Remark, Report
 from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule
 from reparam.storage import load, save
@@ -19,7 +20,9 @@ __all__ = [
     "Apply",
     "Comparison",
     "Counts",
+    "Exported",
     "Graph",
+    "ImageInput",
     "Missed",
     "Remark",
     "ReparamError",
@@ -32,6 +35,7 @@ __all__ = [
     "errors",
     "expand",
     "explain",
+    "export",
     "lift",
     "load",
     "passes",
