@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -23,6 +22,7 @@ class AotInductor(Target):
     name = "aotinductor"
     title = "AOTInductor"
     suffix = ".aoti.pt2"
+    runs_code = True
 
     def write(self, program: ExportedProgram, path: Path, options: Options) -> Written:
         """Generate C++ and compile it, which takes a compiler such as g++."""

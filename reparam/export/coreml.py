@@ -142,24 +142,22 @@ def _parameters(program: ExportedProgram) -> Iterator[Tensor]:
 
 
 def _compare_weights(expected: list[Tensor], found: list[Tensor], tolerance: float) -> Comparison:
-    """Find every tensor among the written ones, which have lost their names, and may come in another order."""
+    """Find every tensor among the written ones, which have lost their names and order; equal ones are written once."""
     largest, lost = 0.0, 0
     for tensor in expected:
         scale = tensor.abs().max().item() or 1.0
-        closest = (float("inf"), -1)
-        for index, other in enumerate(found):
+        closest = float("inf")
+        for other in found:
             if other.shape == tensor.shape:
-                closest = min(closest, ((other - tensor).abs().max().item() / scale, index))
-                if closest[0] <= tolerance:
+                closest = min(closest, (other - tensor).abs().max().item() / scale)
+                if closest <= tolerance:
                     break
-        if closest[1] >= 0:
-            del found[closest[1]]
-        lost += closest[0] > tolerance
-        largest = max(largest, closest[0])
+        lost += closest > tolerance
+        largest = max(largest, closest)
     comparison = Comparison(largest, tolerance, len(expected))
     if lost:
         raise VerificationError(
-            f"{lost} of {len(expected)} weights and biases are not in the file as they are in the model ({comparison}); "
+            f"{lost} of {len(expected)} weights and biases are not in the file as in the model ({comparison}); "
             "Core ML folds norms and factors itself, so give it what reparam.compile returned",
             comparison,
         )

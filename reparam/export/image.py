@@ -39,7 +39,8 @@ class ImageInput:
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise ExportError(
-                f"an image has one channel or three, with a mean and a std each, not {len(self.mean)} and {len(self.std)}"
+                f"an image has one channel or three, with a mean and a std for each, not {len(self.mean)} and "
+                f"{len(self.std)}"
             )
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise ExportError("the mean and std of an image must be finite, and std positive")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from reparam.errors import ExportError
+from reparam.export.program import axis_names
 from reparam.export.target import Options, Target, Written, reason, require
 
 
@@ -37,7 +38,7 @@ class Onnx(Target):
             verbose=False,
         )
         assert exported is not None
-        proto, simplified = _simplify(exported.model_proto)
+        proto, simplified = _simplify(_renamed(exported.model_proto, axis_names(program)))
         path.write_bytes(_serialize(proto))
         opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
         operators = Counter(node.op_type for node in proto.graph.node)
@@ -100,6 +101,15 @@ class OnnxModel(nn.Module):
             raise ExportError(f"onnxruntime cannot run the model: {reason(error)}") from error
 
 
+def _renamed(proto: Any, names: dict[str, str]) -> Any:
+    """Give the free axes names that say what they are, also inside of expressions such as ``2*s77``."""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.HasField("dim_param"):
+                axis.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), axis.dim_param)
+    return proto
+
+
 def _simplify(proto: Any) -> tuple[Any, bool]:
     """Check, simplify, and check again; what onnxsim cannot simplify is still a valid model."""
     import onnx
@@ -121,4 +131,4 @@ def _serialize(proto: Any) -> bytes:
     try:
         return bytes(proto.SerializeToString())
     except ValueError as error:
-        raise ExportError(f"the model is larger than the 2 GB that one .onnx file can hold ({reason(error)})") from error
+        raise ExportError(f"the model is larger than the 2 GB that an .onnx file can hold ({reason(error)})") from error

@@ -108,6 +108,19 @@ def input_shapes(program: ExportedProgram) -> dict[str, list[Any]]:
     return {name: list(values[name].shape) for name in names}
 
 
+def axis_names(program: ExportedProgram) -> dict[str, str]:
+    """A name for every symbol in the shapes of a program's inputs, such as ``batch`` for ``s77``."""
+    names: dict[str, str] = {}
+    for shape in input_shapes(program).values():
+        labels = ("batch", "channels", *_AXES.get(len(shape), ()))
+        for axis, size in enumerate(shape):
+            for symbol in () if isinstance(size, int) else size.node.expr.free_symbols:
+                name = labels[axis] if axis < len(labels) else f"size_{axis}"
+                taken = sum(other.split("_")[0] == name for other in names.values())
+                names.setdefault(str(symbol), f"{name}_{taken + 1}" if taken else name)
+    return names
+
+
 def in_half(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A copy of a model that computes in half precision, and its inputs.
 

@@ -78,6 +78,7 @@ class Target(ABC):
         bounded: Whether a free axis needs a largest size.
         half: Whether half precision is computed by the model ("model"), or chosen as the file is written ("writer").
         runs_here: Whether its files can be run on any machine.
+        runs_code: Whether loading a file runs what its author chose.
         options: The fields of :class:`Options` that it knows beside ``half`` and ``tolerance``.
     """
 
@@ -93,6 +94,7 @@ class Target(ABC):
     bounded: ClassVar[bool] = False
     half: ClassVar[Literal["model", "writer"]] = "model"
     runs_here: ClassVar[bool] = True
+    runs_code: ClassVar[bool] = False
     options: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -139,7 +141,9 @@ class Target(ABC):
         found = [self._compare(Flat(model), runnable, inputs, options) for inputs in batches]
         return max(found, key=lambda comparison: comparison.largest_error)
 
-    def _compare(self, model: nn.Module, runnable: nn.Module, inputs: tuple[Tensor, ...], options: Options) -> Comparison:
+    def _compare(
+        self, model: nn.Module, runnable: nn.Module, inputs: tuple[Tensor, ...], options: Options
+    ) -> Comparison:
         if not options.half:
             return compare(run(model, inputs, {}), run(runnable, inputs, {}), options.tolerance)
         # The reference has single precision, and sees what half precision makes of the inputs.

@@ -19,6 +19,7 @@ class TorchExport(Target):
     name = "torch-export"
     title = "torch.export"
     suffix = ".pt2"
+    runs_code = True
 
     def write(self, program: ExportedProgram, path: Path, options: Options) -> Written:
         """Save the program."""

@@ -128,8 +128,8 @@ def test_fuse_reads_and_writes_safetensors(tmp_path: Path, digits: nn.Module) ->
 def test_fuse_exports_onnx(checkpoint: Path) -> None:
     output = checkpoint.with_name("digits.onnx")
     result = run("fuse", checkpoint, "-o", output)
-    assert "PyTorch and onnxruntime: largest relative error" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith(f"{output}: opset ")
+    assert "PyTorch and onnxruntime" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"{output}: ")
     assert "agree: largest relative error" in run("verify", checkpoint, output).stdout
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["digits.onnx", "digits.pth"]
 
@@ -357,7 +357,9 @@ def test_bad_input_is_one_sentence(checkpoint: Path, name: str, subcommand: str,
 
 def test_bad_usage(checkpoint: Path, fused: Path) -> None:
     folder = checkpoint.parent
-    assert failure("fuse", checkpoint, "-o", folder / "a.bin").endswith("must end in .pth, .pt, .safetensors or .onnx")
+    assert failure("fuse", checkpoint, "-o", folder / "a.bin").endswith(
+        "must end in .pth, .pt, .safetensors, .onnx, .xml, .pte, .mlpackage, .pt2, .aoti.pt2"
+    )
     assert failure("fuse", checkpoint, "-o", checkpoint).endswith(
         "is the input, which is never overwritten; choose another output"
     )
