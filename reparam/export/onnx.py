@@ -38,7 +38,7 @@ class Onnx(Target):
             verbose=False,
         )
         assert exported is not None
-        proto, simplified = _simplify(_renamed(exported.model_proto, axis_names(program)))
+        proto, simplified = simplify(_renamed(exported.model_proto, axis_names(program)))
         path.write_bytes(_serialize(proto))
         opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
         operators = Counter(node.op_type for node in proto.graph.node)
@@ -110,7 +110,7 @@ def _renamed(proto: Any, names: dict[str, str]) -> Any:
     return proto
 
 
-def _simplify(proto: Any) -> tuple[Any, bool]:
+def simplify(proto: Any) -> tuple[Any, bool]:
     """Check, simplify, and check again; what onnxsim cannot simplify is still a valid model."""
     import onnx
     import onnxsim
