@@ -74,9 +74,11 @@ def export(
     image = _image(image_mean, image_std)
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
-        from reparam.export import export
+        from reparam.export import export, target_of
 
-        check_output(output, target, checkpoint)
+        chosen = target_of(output, target)
+        chosen.check_destination(output, never=(checkpoint,))
+        chosen.require()
         deploy, inputs, about = _deploy_model(checkpoint, how, bar)
         exported = export(
             deploy,
@@ -102,17 +104,18 @@ def ends_like_a_target(output: Path) -> bool:
     return output.name.endswith(TARGET_SUFFIXES)
 
 
-def check_output(output: Path, target: str | None, checkpoint: Path) -> None:
+def check_output(output: Path, checkpoint: Path) -> None:
     """Refuse an output that cannot be written, or would replace the input, before any work is done."""
     from reparam.storage import check_destination
 
-    if target is None and not ends_like_a_target(output):
-        return check_destination(output, never=(checkpoint,))
+    if not ends_like_a_target(output):
+        check_destination(output, never=(checkpoint,))
+        return
     from reparam.export import target_of
 
-    chosen = target_of(output, target)
+    chosen = target_of(output)
     chosen.check_destination(output, never=(checkpoint,))
-    return chosen.require()
+    chosen.require()
 
 
 def exported_dict(exported: Exported) -> dict[str, Any]:

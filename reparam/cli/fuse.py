@@ -72,7 +72,7 @@ def fuse(
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
         source = read(checkpoint, how)
-        check_output(output, None, checkpoint)
+        check_output(output, checkpoint)
         network = resolve(source, how)
         inputs = example_of(network, how) if ends_like_a_target(output) else inputs_of(network, how)
         deploy = compiled(checkpoint, network, inputs, not no_verify, bar)

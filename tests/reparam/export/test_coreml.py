@@ -51,7 +51,7 @@ def test_an_image_is_the_only_input(tmp_path: Path) -> None:
 def test_weights_that_were_changed_are_noticed(tmp_path: Path) -> None:
     """Core ML folds a norm itself, so what it writes of a model that was not compiled is not the model's weights."""
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
-    with pytest.raises(VerificationError, match="2 of 2 weights and biases are not in the file .*reparam.compile"):
+    with pytest.raises(VerificationError, match=r"2 of 2 weights and biases are not in the file .*reparam\.compile"):
         reparam.export(model, tmp_path / "a.mlpackage", torch.randn(1, 3, 8, 8))
     assert list(tmp_path.iterdir()) == []
 

@@ -118,10 +118,10 @@ def test_several_inputs_and_outputs(tmp_path: Path, target: str) -> None:
 @pytest.mark.parametrize("target", [name for name in ALL if name != "torch-export"])
 def test_files_that_are_none(tmp_path: Path, target: str) -> None:
     path = tmp_path / f"model{TARGETS[target].suffix}"
-    with pytest.raises(ExportError, match="no such file|on Apple's systems only"):
+    with pytest.raises(ExportError, match=r"no such file|on Apple's systems only"):
         TARGETS[target].load(path)
     path.write_text("hello")
-    with pytest.raises(ExportError, match="cannot load it|on Apple's systems only"):
+    with pytest.raises(ExportError, match=r"cannot load it|on Apple's systems only"):
         TARGETS[target].load(path)
 
 
