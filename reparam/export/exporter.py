@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,14 +125,11 @@ def export(
         model = image.fold(model, inputs[0])
     job = _Job(chosen, model, path, inputs, options, progress or (lambda done, total, label: None))
     wanted = chosen.batch_by_default if dynamic_batch is None else dynamic_batch
-    failure: ExportError | None = None
-    for batch in (True, False) if wanted and dynamic_batch is None else (wanted,):
-        try:
-            return job.run(Axes(batch, dynamic_size, chosen.bounded))
-        except ExportError as error:
-            failure = failure or error if dynamic_batch else error
-    assert failure is not None
-    raise failure
+    if wanted and dynamic_batch is None:
+        with contextlib.suppress(ExportError):  # the batch of the example may do
+            return job.run(Axes(True, dynamic_size, chosen.bounded))
+        wanted = False
+    return job.run(Axes(wanted, dynamic_size, chosen.bounded))
 
 
 @dataclass(frozen=True)
@@ -188,6 +186,10 @@ class _Job:
             raise VerificationError(
                 f"{self.target.title} and PyTorch: {error}; nothing was written", error.comparison
             ) from error
+        except ReparamError:
+            raise
+        except Exception as error:  # such as a shape that the model itself does not take after all
+            raise ExportError(f"{self.target.title} and PyTorch cannot be compared: {reason(error)}") from error
 
 
 def _check_options(target: Target, options: Options) -> None:
