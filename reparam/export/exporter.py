@@ -19,6 +19,7 @@ from reparam.export.registry import target_of
 from reparam.export.target import Options, Target, Written, quiet, reason
 from reparam.report import Comparison
 from reparam.storage import atomic_writes
+from reparam.verify import run
 
 Progress = Callable[[int | None, int | None, str], object]
 
@@ -145,8 +146,10 @@ class _Job:
 
     def run(self, axes: Axes) -> Exported:
         """Write it with these axes free."""
-        model, inputs = self.model, self.inputs
+        model, inputs, batches = self.model, self.inputs, axes.examples(self.inputs)
         self.progress(0, 3, "capturing")
+        for batch in batches:
+            _check_takes(model, batch)
         if self.options.half and self.target.half == "model":
             model, inputs = in_half(model, inputs)
         program = axes.capture(model, inputs)
@@ -155,7 +158,7 @@ class _Job:
             self.progress(1, 3, f"writing for {self.target.title}")
             written = self._write(program, path)
             self.progress(2, 3, f"comparing in {self.target.title}")
-            comparison = self._check(path, program, axes.examples(self.inputs))
+            comparison = self._check(path, program, batches)
         self.progress(3, 3, "done")
         return Exported(
             self.path,
@@ -188,8 +191,17 @@ class _Job:
             ) from error
         except ReparamError:
             raise
-        except Exception as error:  # such as a shape that the model itself does not take after all
-            raise ExportError(f"{self.target.title} and PyTorch cannot be compared: {reason(error)}") from error
+        except Exception as error:  # what PyTorch raises where a graph does not take the inputs after all
+            raise ExportError(f"{self.target.title} cannot run the model: {reason(error)}") from error
+
+
+def _check_takes(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse sizes that the model itself does not take; export may well believe that it does."""
+    try:
+        run(model, inputs, {})
+    except Exception as error:  # whatever the model raises
+        shapes = " and ".join("x".join(map(str, x.shape)) for x in inputs)
+        raise ExportError(f"the model itself cannot be run on inputs of {shapes}: {reason(error)}") from error
 
 
 def _check_options(target: Target, options: Options) -> None:

@@ -89,8 +89,9 @@ class Axes:
             ) from error
         for value, axes in zip(input_shapes(program).values(), names, strict=True):
             for axis, name in axes.items():
-                if isinstance(value[axis], int):
-                    raise ExportError(f"the model takes one {name} only, {value[axis]}")
+                size = value[axis] if isinstance(value[axis], int) else value[axis].node.maybe_as_int()
+                if size is not None:
+                    raise ExportError(f"the model takes one {name} only, {size}")
         return program
 
 
