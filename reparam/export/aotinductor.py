@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class AotInductorModel(nn.Module):
 
         if not Path(path).is_file():
             raise ExportError(f"{path}: no such file")
+        # The code asks at its first run. Otherwise it reads past the end of inputs that are too small.
+        os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
         try:
             with quiet():
                 self._runner: Any = aoti_load_package(str(path))
