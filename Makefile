@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format typecheck bench clean
+.PHONY: help demo test fuzz lint format typecheck docs bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ typecheck: $(INSTALLED)  ## Check types, strictly
 	@rm -rf build
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p reparam
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED)  ## Build the documentation as a site, into build/site; a broken link is an error
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(INSTALLED)  ## Measure compile time, coverage and latency (a quarter of an hour)
 	$(BIN)/python benchmarks/compile_time.py --check

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path as FilePath
-from typing import Any
 
 import matplotlib as mpl
 
@@ -16,11 +15,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.path import Path
-from torch import fx, nn
+from torch import fx
+
+from reparam.drawing import Diagram, Layout, arrange, diagram_of
 
 INK, FAINT, LINE = "#1f2933", "#7b8794", "#9aa5b1"
-CONVOLUTION, NORM, SUM, VALUE = "#2f6fb0", "#d9822b", "#52606d", "#e4e7eb"
-TRAINED, COMPILED = "#b8c4d0", CONVOLUTION
+COLOURS = {"convolution": "#2f6fb0", "norm": "#d9822b", "sign": "#52606d", "other": "#52606d", "value": "#e4e7eb"}
+TRAINED, COMPILED = "#b8c4d0", COLOURS["convolution"]
 WIDTH, HEIGHT, COLUMN, GAP = 2.1, 0.64, 2.4, 2.6  # of a box; between columns and blocks; rows are one apart
 ARROW = {"arrowstyle": "-|>", "color": INK, "lw": 2.2, "mutation_scale": 20}
 
@@ -45,87 +46,34 @@ class Fact:
     after: str
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where each node of a graph is drawn, and through which points each of its edges runs, as (column, row)."""
-
-    places: dict[fx.Node, tuple[float, float]]
-    edges: dict[tuple[fx.Node, fx.Node], list[tuple[float, float]]]
-
-    @property
-    def rows(self) -> float:
-        """The last row."""
-        return max(row for _, row in self.places.values())
-
-
-def arrange(graph: fx.Graph) -> Layout:
-    """Lay ``graph`` out in rows, every node below its inputs; an edge over several rows has a lane of its own.
-
-    This is the layered drawing of Sugiyama et al. (1981) without its search for the fewest crossings: in the blocks
-    drawn here, the order in which the graph computes has none.
-    """
-    row: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        row[node] = max((row[source] + 1 for source in node.all_input_nodes), default=0)
-    edges = [(source, node) for node in graph.nodes for source in node.all_input_nodes]
-
-    # A lane is an edge's stand-in in each row that the edge passes, so that no box is drawn over it.
-    rows: list[list[Any]] = [
-        [node for node in graph.nodes if row[node] == index] for index in range(max(row.values()) + 1)
-    ]
-    for source, node in edges:
-        for index in range(row[source] + 1, row[node]):
-            rows[index].append((source, node))
-    place = {
-        (item, index): (position - (len(items) - 1) / 2, float(index))
-        for index, items in enumerate(rows)
-        for position, item in enumerate(items)
-    }
-
-    def points(source: fx.Node, node: fx.Node) -> list[tuple[float, float]]:
-        lane = [place[(source, node), index] for index in range(row[source] + 1, row[node])]
-        return [place[source, row[source]], *lane, place[node, row[node]]]
-
-    return Layout({node: place[node, row[node]] for node in graph.nodes}, {edge: points(*edge) for edge in edges})
-
-
-def label(node: fx.Node, root: nn.Module) -> tuple[str, str]:
-    """Return a node's text and its colour."""
-    match root.get_submodule(str(node.target)) if node.op == "call_module" else node.op:
-        case nn.Conv2d() as conv:
-            kind = " depthwise" if conv.groups == conv.in_channels > 1 else ""
-            return "×".join(map(str, conv.kernel_size)) + kind + "\nconvolution", CONVOLUTION
-        case nn.BatchNorm2d():
-            return "batch norm", NORM
-        case nn.Module() as module:
-            return type(module).__name__, SUM
-        case "placeholder" | "output":
-            return {"placeholder": "input", "output": "output"}[node.op], VALUE
-        case _:
-            return "+" if "add" in node.name else node.name, SUM
+def laid_out(block: fx.GraphModule) -> tuple[Diagram, Layout]:
+    """What to draw of a block, and where, in the units of this picture."""
+    diagram = diagram_of(block)
+    widths = [HEIGHT if box.kind == "sign" else WIDTH for box in diagram.boxes]
+    return diagram, arrange(diagram, widths, gap=COLUMN - WIDTH, lane=WIDTH / 2)
 
 
 def draw_block(axes: Axes, block: fx.GraphModule, title: str, left: float, rows: float) -> float:
     """Draw the graph of ``block`` right of ``left``, centred in a column of ``rows`` rows; return its right edge."""
-    layout = arrange(block.graph)
-    columns = [column for points in layout.edges.values() for column, _ in points]
-    x0, y0 = left + WIDTH / 2 - min(columns) * COLUMN, (rows - layout.rows) / 2
-    right = x0 + max(columns) * COLUMN + WIDTH / 2
+    diagram, layout = laid_out(block)
+    across = [x for points in layout.edges.values() for x, _ in points]
+    x0, y0 = left + WIDTH / 2 - min(across), (rows - layout.rows) / 2
+    right = x0 + max(across) + WIDTH / 2
 
     for (source, reader), points in layout.edges.items():
-        line = [(x0 + column * COLUMN, y0 + row) for column, row in points]
+        line = [(x0 + x, y0 + row) for x, row in points]
         axes.add_patch(edge(line))
-        if source.op == "placeholder" and label(reader, block)[0] == "+":
-            axes.text(line[1][0] - 0.15, line[1][1], "identity", color=INK, ha="right", va="center", fontsize=11.5)
-    for node, (column, row) in layout.places.items():
-        text, colour = label(node, block)
-        x, y = x0 + column * COLUMN, y0 + row
-        axes.add_patch(box(x, y, text, colour))
-        ink = INK if colour == VALUE else "white"
+        if diagram.boxes[source].title == "input" and diagram.boxes[reader].title == "+":
+            axes.text(line[1][0] + 0.15, line[1][1], "identity", color=INK, ha="left", va="center", fontsize=11.5)
+    for node, (column, row) in zip(diagram.boxes, layout.places, strict=True):
+        x, y = x0 + column, y0 + row
+        axes.add_patch(box(x, y, node.kind))
+        ink = INK if node.kind == "value" else "white"
+        text = "\n".join(filter(None, (node.title, node.detail)))
         axes.text(x, y, text, color=ink, ha="center", va="center", fontsize=11.5, linespacing=1.2, zorder=3)
 
-    kernels = sum(node.op not in ("placeholder", "output") for node in block.graph.nodes)
-    heading = f"{title}: {kernels} kernel" + ("s" if kernels > 1 else "")
+    calls = diagram.calls
+    heading = f"{title}: {calls} kernel" + ("s" if calls > 1 else "")
     axes.text((left + right) / 2, -1.0, heading, color=INK, ha="center", va="center", fontsize=14)
     return right
 
@@ -141,18 +89,18 @@ def edge(points: Sequence[tuple[float, float]]) -> FancyArrowPatch:
     return FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=13, color=LINE, lw=1.7, zorder=1)
 
 
-def box(x: float, y: float, text: str, colour: str) -> Patch:
-    """The shape behind a node's text: a circle for a sum, rounded ends for a value, a box for a layer."""
-    if text == "+":
-        return Circle((x, y), HEIGHT / 2, facecolor=colour, lw=0, zorder=2)
-    style = f"round,pad=0,rounding_size={HEIGHT / 2 if colour == VALUE else 0.1}"
+def box(x: float, y: float, kind: str) -> Patch:
+    """The shape behind a box's text: a circle for a sum, rounded ends for a value, a box for a layer."""
+    if kind == "sign":
+        return Circle((x, y), HEIGHT / 2, facecolor=COLOURS[kind], lw=0, zorder=2)
+    style = f"round,pad=0,rounding_size={HEIGHT / 2 if kind == 'value' else 0.1}"
     corner = (x - WIDTH / 2, y - HEIGHT / 2)
-    return FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, facecolor=colour, lw=0, zorder=2)
+    return FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, facecolor=COLOURS[kind], lw=0, zorder=2)
 
 
 def draw_blocks(axes: Axes, trained: fx.GraphModule, compiled: fx.GraphModule) -> None:
     """Draw a block before and after, to one scale, with an arrow from one to the other."""
-    rows = max(arrange(block.graph).rows for block in (trained, compiled))
+    rows = max(laid_out(block)[1].rows for block in (trained, compiled))
     middle = draw_block(axes, trained, "A token mixer as trained", 0, rows)
     right = draw_block(axes, compiled, "and as deployed", middle + GAP, rows)
     axes.annotate("", (middle + GAP - 0.3, rows / 2), (middle + 0.3, rows / 2), arrowprops=ARROW)

@@ -109,19 +109,30 @@ def inputs_in_outputs(graph: Graph, modules: Mapping[str, nn.Module]) -> set[str
 
 
 def _live(graph: Graph, modules: Mapping[str, nn.Module], writes: set[Node]) -> set[Node]:
-    """Nodes that the output depends on, or that may do more than return a value."""
+    """Nodes that the output depends on, or that may do more than return a value.
+
+    What is written counts when somebody that counts reads the memory later, under any name.
+    """
     from reparam.capture import carries_hooks
     from reparam.lift import is_leaf
 
+    homes = memory(graph, modules)
     live: set[Node] = set()
+    read: set[Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "call_module":
             module = modules[str(node.target)]
-            pure = is_leaf(module) and not carries_hooks(module)
+            counts = not is_leaf(module) or carries_hooks(module)
+        elif node in writes:
+            counts = False
         else:
-            pure = node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
-        if not pure or node in writes or not live.isdisjoint(node.users):
+            counts = node.op not in ("call_function", "call_method", "get_attr") or node.is_impure()
+        changed = _changed(node) if node in writes else None
+        if changed is not None:
+            counts = counts or not read.isdisjoint(homes[changed])
+        if counts or not live.isdisjoint(node.users):
             live.add(node)
+            read.update(*(homes[source] for source in node.all_input_nodes))
     return live
 
 

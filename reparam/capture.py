@@ -41,7 +41,7 @@ from reparam.report import Remark
 # All that ``nn.Module`` keeps of hooks that run when it is called.
 _ROOT_HOOKS = tuple(name for name in nn.Module().__dict__ if "forward" in name or "backward" in name)
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -101,10 +101,10 @@ def trace(
     """
     modules = dict(root.named_modules())
     storages = tensor_storages(modules.values())
-    state = _State(modules.values())
+    state = State(modules.values())
     tracer = _Tracer(modules, example_inputs, state, assume_tensor)
     try:
-        with torch.no_grad(), _NoSideEffects(storages), _forward_only(), meeting_activations(tracer.call_on_constant):
+        with torch.no_grad(), NoSideEffects(storages), _forward_only(), meeting_activations(tracer.call_on_constant):
             _move_forward_to_class(root)
             graph = tracer.trace(root, tracer.fixed_arguments(root))
             for module in modules.values():
@@ -145,7 +145,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     for module in modules:
-        for name, tensor in _tensors(module):
+        for name, tensor in tensors_in(module):
             if torch.nn.parameter.is_lazy(tensor):
                 raise CaptureError(
                     f"{type(module).__name__}.{name} has no values yet; run the model once, or load a checkpoint"
@@ -162,7 +162,7 @@ def private_copy(model: nn.Module) -> nn.Module:
         for module in reversed(plain):  # a graph module copies itself, with layers that must be complete by then
             # What ``module.compile()`` keeps would run the module itself.
             attributes = {k: v for k, v in module.__dict__.items() if k != "_compiled_call_impl"}
-            copied = {k: v if type(v) in _ATOMS else _copied(v, memo) for k, v in attributes.items()}
+            copied = {k: v if type(v) in ATOMS else _copied(v, memo) for k, v in attributes.items()}
             memo[id(module)].__dict__.update(copied)
         for module in modules:
             if unwrapped(module) is not module:
@@ -214,10 +214,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 # What most attributes of a module are; looking for anything else is not worth the while.
 _SIMPLE = frozenset([type(None), bool, int, float, str, tuple, dict, set, OrderedDict, torch.dtype, torch.device])
-_ATOMS = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
+ATOMS = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers and plain tensor attributes."""
     for values in (module._parameters, module._buffers, module.__dict__):
         for name, value in values.items():
@@ -242,7 +242,7 @@ def _copies_plainly(cls: Any) -> bool:
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy``, with a short way for what nearly every attribute of a module is."""
     cls = type(value)
-    if cls in _ATOMS or (cls is tuple and all(type(item) in _ATOMS for item in value)):
+    if cls in ATOMS or (cls is tuple and all(type(item) in ATOMS for item in value)):
         return value
     known = memo.get(id(value))
     if known is not None:
@@ -292,7 +292,7 @@ def _set_eval(root: nn.Module) -> None:
 
 def tensor_storages(modules: Iterable[nn.Module]) -> frozenset[int]:
     """Identities of the memory that the tensors of some modules lie in."""
-    return frozenset(_storage(tensor) for module in modules for _, tensor in _tensors(module))
+    return frozenset(_storage(tensor) for module in modules for _, tensor in tensors_in(module))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -336,11 +336,11 @@ def own_tensors(root: nn.Module, shared: frozenset[int]) -> None:
             continue
         for values in (module._parameters, module._buffers, module.__dict__):
             # What torch keeps in dicts of its own (hooks, submodules) stays.
-            found = {k: owned(v) for k, v in values.items() if type(v) not in _ATOMS and k not in _OWN_DICTS}
+            found = {k: owned(v) for k, v in values.items() if type(v) not in ATOMS and k not in _OWN_DICTS}
             values.update({k: v for k, v in found.items() if v is not values[k]})
 
 
-class _State:
+class State:
     """What the forwards of some modules could change of them and find again at the next call."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -349,7 +349,7 @@ class _State:
             module: {
                 name: copy.copy(value)
                 for name, value in attributes.items()
-                if type(value) not in _ATOMS and _may_change(name, value)
+                if type(value) not in ATOMS and _may_change(name, value)
             }
             for module, attributes in self.attributes.items()
         }
@@ -366,7 +366,7 @@ class _State:
     def _grew(self, module: nn.Module, name: str) -> bool:
         """Whether a container holds other things than before, or has come to hold activations."""
         old, new = self.contents[module][name], module.__dict__[name]
-        if _same_items(old, new):
+        if same_items(old, new):
             return False
         old_items, new_items = _items(old), _items(new)
         changed = len(new_items) < len(old_items) or any(map(_differ, old_items, new_items))
@@ -378,7 +378,7 @@ class _State:
             attributes = self.attributes[module]
             for name, contents in self.contents[module].items():
                 value = attributes[name]
-                if not _same_items(value, contents):
+                if not same_items(value, contents):
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(contents)
             if list(module.__dict__) != list(attributes) or any(
@@ -393,12 +393,12 @@ def keeps_state(root: nn.Module, call: Callable[[], Any]) -> bool:
     modules = list(root.modules())
     with unchanged(root):
         call()
-        state = _State(modules)
+        state = State(modules)
         call()
         return not all(
             module.__dict__.keys() == state.attributes[module].keys()
             and all(module.__dict__[name] is value for name, value in state.attributes[module].items())
-            and all(_same_items(module.__dict__[name], old) for name, old in state.contents[module].items())
+            and all(same_items(module.__dict__[name], old) for name, old in state.contents[module].items())
             for module in modules
         )
 
@@ -412,8 +412,8 @@ def unchanged(model: nn.Module, *, writes: bool = True) -> Iterator[None]:
         writes: Whether it may write to its own tensors.
     """
     modules = list(model.modules())
-    state = _State(modules)
-    tensors = [tensor for module in modules for _, tensor in _tensors(module)] if writes else []
+    state = State(modules)
+    tensors = [tensor for module in modules for _, tensor in tensors_in(module)] if writes else []
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     for name in _ROOT_HOOKS:
         model.__dict__[name] = OrderedDict()
@@ -445,7 +445,8 @@ def _items(container: Any) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
-def _same_items(a: Any, b: Any) -> bool:
+def same_items(a: Any, b: Any) -> bool:
+    """Whether two containers hold the very same objects, in the same order."""
     return not a and not b if not a or not b else len(a) == len(b) and all(map(operator.is_, _items(a), _items(b)))
 
 
@@ -515,7 +516,7 @@ def _forward_only() -> Iterator[None]:
             setattr(module, name, value)
 
 
-class _NoSideEffects(TorchDispatchMode):
+class NoSideEffects(TorchDispatchMode):
     """Refuse to run, while tracing, what must run at every call: writes to the model's tensors, random numbers."""
 
     def __init__(self, storages: frozenset[int]) -> None:
@@ -602,7 +603,7 @@ class _Tracer(torch.fx.Tracer):
         self,
         modules: dict[str, nn.Module],
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
-        state: _State,
+        state: State,
         assume_tensor: bool = True,
     ) -> None:
         super().__init__()
@@ -616,7 +617,7 @@ class _Tracer(torch.fx.Tracer):
         self.names: dict[int, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.arguments: list[str] = []
-        tensors = [tensor for module in modules.values() for _, tensor in _tensors(module)]
+        tensors = [tensor for module in modules.values() for _, tensor in tensors_in(module)]
         devices = {tensor.device.type for tensor in tensors}
         self.device_type = devices.pop() if len(devices) == 1 else None
         self.dtypes = {tensor.dtype for tensor in tensors}
@@ -686,7 +687,7 @@ class _Tracer(torch.fx.Tracer):
                 self.names = {
                     id(tensor): f"{path}.{name}" if path else name
                     for path, module in self.modules.items()
-                    for name, tensor in _tensors(module)
+                    for name, tensor in tensors_in(module)
                 }
             if id(a) not in self.names:
                 numbered = (f"_constant{number}" for number in itertools.count())
@@ -772,9 +773,19 @@ def _is_place(value: Any, constant: Tensor, dtypes: set[torch.dtype]) -> bool:
     return value.attr == "device" or (value.attr == "dtype" and same_type)
 
 
+def is_opaque(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node calls Python that was not traced, and of which nothing else is known."""
+    from reparam.lift import is_leaf
+
+    if node.op != "call_module" or "operator" in node.meta:
+        return False
+    module = modules[str(node.target)]
+    return not is_leaf(module) or carries_hooks(module)
+
+
 def carries_hooks(module: nn.Module) -> bool:
     """Whether something runs beside a module's forward that a fused kernel would drop.
 
     Besides hooks, these are parametrizations that do more than compute numbers from numbers.
     """
-    return "parametrizations" in module._modules or any(map(module.__dict__.get, _HOOKS))
+    return "parametrizations" in module._modules or any(map(module.__dict__.get, HOOKS))

@@ -228,6 +228,28 @@ def resolve(checkpoint: Checkpoint, spec: str | None = None) -> Network:
     return network
 
 
+def build(spec: str) -> Network:
+    """Build a network by name, in eval mode and with the weights that it is born with.
+
+    Args:
+        spec: As for :func:`resolve`.
+
+    Raises:
+        ModelError: No such model, or it cannot be built.
+    """
+    from reparam.models import registry
+
+    if spec.startswith("timm:"):
+        name = spec.removeprefix("timm:")
+        model = _create_timm(_timm_with(name), name, {})
+        return Network(model.eval(), spec, _declared_shape(model))
+    if ":" in spec:
+        model = _call_factory(spec)
+        return Network(model.eval(), spec, _declared_shape(model))
+    entry = registry.entry(spec)
+    return Network(entry.build().eval(), entry.name, entry.input_shape)
+
+
 def _recognise(checkpoint: Checkpoint) -> Network:
     from reparam.models import registry
 
@@ -270,11 +292,7 @@ def _build(checkpoint: Checkpoint, entry: ModelEntry, options: dict[str, object]
 
 
 def _from_timm(checkpoint: Checkpoint, name: str) -> Network:
-    timm = _import_timm()
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")
-        hint = f"; near it are {_some(near)}" if near else ""
-        raise ModelError(f"timm {timm.__version__} has no model {name!r}{hint}")
+    timm = _timm_with(name)
     state = checkpoint.state
     config = dict(timm.models.get_pretrained_cfg(name).to_dict())
     options: dict[str, object] = {}
@@ -284,12 +302,27 @@ def _from_timm(checkpoint: Checkpoint, name: str) -> Network:
     stem = _first_shapes(state, config.get("first_conv"))
     if stem and len(stem) > 2 and stem[1] != config.get("input_size", (stem[1],))[0]:
         options["in_chans"] = stem[1]
-    try:
-        model = timm.create_model(name, pretrained=False, **options)
-    except Exception as error:
-        raise ModelError(f"timm could not build {name} with {options}: {first_line(error)}") from error
+    model = _create_timm(timm, name, options)
     load_into(model, checkpoint, name=f"timm:{name}")
     return Network(model, f"timm:{name}", _with_channels(_declared_shape(model), options.get("in_chans")))
+
+
+def _timm_with(name: str) -> Any:
+    """The package timm, which has a model of this name."""
+    timm = _import_timm()
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")
+        hint = f"; near it are {_some(near)}" if near else ""
+        raise ModelError(f"timm {timm.__version__} has no model {name!r}{hint}")
+    return timm
+
+
+def _create_timm(timm: Any, name: str, options: Mapping[str, object]) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    except Exception as error:
+        raise ModelError(f"timm could not build {name} with {dict(options)}: {first_line(error)}") from error
+    return model
 
 
 def _import_timm() -> Any:
@@ -310,22 +343,36 @@ def _import_timm() -> Any:
 
 
 def _from_factory(checkpoint: Checkpoint, spec: str) -> Network:
-    module_name, _, attribute = spec.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script does not see the current folder, where the user's code is
+    model = _call_factory(spec)
+    load_into(model, checkpoint, name=spec)
+    return Network(model, spec, _declared_shape(model))
+
+
+def _call_factory(spec: str) -> nn.Module:
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        model = found()
+        model = import_attribute(spec)()
     except ReparamError:
         raise
     except Exception as error:
         raise ModelError(f"--model {spec} failed with {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"--model {spec} returned a {type(model).__name__}, not a torch.nn.Module")
-    load_into(model, checkpoint, name=spec)
-    return Network(model, spec, _declared_shape(model))
+    return model
+
+
+def import_attribute(spec: str) -> Any:
+    """What ``package.module:name`` refers to; the current folder is importable.
+
+    Raises:
+        Exception: Whatever importing that module raises.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a console script does not see the current folder, where the user's code is
+    found: Any = importlib.import_module(module_name)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _declared_shape(model: nn.Module) -> tuple[int, ...] | None:

@@ -230,9 +230,8 @@ def _compile_graph(
     """Rewrite what was traced, and compile what lies inside of its opaque leaves."""
     modules = captured.modules
     captured.remarks = probing.add_remarks(captured.remarks, probing.probe(captured.graph, modules))
-    opaque = {
-        str(node.target): modules[str(node.target)] for node in captured.graph.nodes if _is_opaque(node, captured)
-    }
+    targets = [str(node.target) for node in captured.graph.nodes if capturing.is_opaque(node, modules)]
+    opaque = {target: modules[target] for target in targets}
     parts = _compile_children(opaque, captured, reference, options)
     aliasing.make_out_of_place(captured.graph, modules)
     views.settle(captured.graph.nodes, modules)
@@ -382,10 +381,6 @@ def _why_untraced(captured: capturing.Capture) -> str | None:
     return None if captured.traced else captured.remarks[-1].message
 
 
-def _is_opaque(node: torch.fx.Node, captured: capturing.Capture) -> bool:
-    return Graph(captured.graph, captured.modules).is_opaque(node)
-
-
 class _Reference:
     """What the model itself returns on the example inputs, for the graph and the result to be compared with."""
 
@@ -398,7 +393,9 @@ class _Reference:
         self.expected: Any = None
         self.multiply_adds: int | None = None
         # A traced graph of torch.nn layers writes to nothing: the trace would have failed.
-        self.writes = not captured.traced or any(_is_opaque(node, captured) for node in captured.graph.nodes)
+        self.writes = not captured.traced or any(
+            capturing.is_opaque(node, captured.modules) for node in captured.graph.nodes
+        )
         if call is None and verify and captured.traced:
             self.call = _guess_call(captured)
         if self.call is None:
@@ -449,12 +446,23 @@ class _Reference:
         try:
             return verifying.compare(self.expected, actual)
         except VerificationError as error:
-            comparison = self._compare_in_double(compiled, actual)
+            comparison = self._compare_in_double(compiled, actual) or self._compare_beside_terms(actual)
             if comparison is None:
                 raise
-            says = "the model itself rounds so much that single precision says little; compared in float64"
+            says = "the model itself rounds so much that its outputs say little; compared with that in mind"
             self.remarks.append(Remark("capture", "Verify", "", f"{says} ({error})"))
             return comparison
+
+    def _compare_beside_terms(self, actual: Any) -> Comparison | None:
+        """The comparison where terms may cancel, so that little but rounding is left; None when there is an error."""
+        assert self.call is not None
+        model, largest = capturing.in_eval_mode(self.model), verifying.LargestMagnitude()
+        with capturing.unchanged(model, writes=self.writes), largest:
+            verifying.run(model, *self.call)
+        try:
+            return verifying.compare(self.expected, actual, scale=largest.value)
+        except VerificationError:
+            return None
 
     def _compare_in_double(self, compiled: nn.Module, actual: Any) -> Comparison | None:
         """The comparison that tells rounding from error, None when there is an error.
@@ -463,7 +471,7 @@ class _Reference:
         model amplifies even that, be about as far from it as the model's own output in its own precision is.
         """
         assert self.call is not None
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _doubled, self.call)
+        args, kwargs = _double(self.call)
         try:
             exact = verifying.run(capturing.private_copy(self.model).double(), args, kwargs)
             result = verifying.run(capturing.private_copy(compiled).double(), args, kwargs)
@@ -488,12 +496,8 @@ class _Reference:
 _ROUNDINGS = 4.0
 
 
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
 def _double(value: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, _doubled, value)
+    return torch.utils._pytree.tree_map_only(Tensor, verifying.doubled, value)
 
 
 def _tensors_of(value: Any) -> list[Tensor]:

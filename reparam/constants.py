@@ -120,7 +120,7 @@ def fold(graph: Graph, root: nn.Module, modules: Mapping[str, nn.Module], storag
         elif _is_constant(node, values) and not homes[node] & written and aliasing.written(node, modules) is None:
             try:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                with torch.no_grad(), capture._NoSideEffects(storages):
+                with torch.no_grad(), capture.NoSideEffects(storages):
                     values[node] = _called(node, args, kwargs)
             except Exception:  # then it fails, or draws, at every call, as it did
                 continue

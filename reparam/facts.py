@@ -71,6 +71,7 @@ _TENSOR_METHODS = frozenset(
     unflatten unsqueeze var view view_as""".split()
 )
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_LAYER_FUNCTIONS = frozenset([*_CONV_FUNCTIONS, *"linear batch_norm layer_norm group_norm".split()])
 _SEVERAL = frozenset("chunk split split_with_sizes unbind tensor_split topk sort".split())
 _METADATA_METHODS = frozenset("size dim ndimension numel stride is_floating_point element_size get_device".split())
 _LIKE = frozenset("view_as reshape_as expand_as type_as".split())
@@ -265,16 +266,31 @@ def _reduced(known: int | None, dims: Any, keep: Any) -> int | None:
     return known - (len(dims) if isinstance(dims, (tuple, list)) else 1)
 
 
+def indices(index: Any, rank: int) -> list[int | slice | None] | None:
+    """What is taken of a value with ``rank`` axes, the ellipsis written out: a number or a slice for every axis, in
+    order, and None for every new one. None when an index is anything else.
+    """
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int for item in items):
+        return None
+    named = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    if items.count(Ellipsis) > 1 or named > rank:
+        return None
+    at = items.index(Ellipsis)
+    items[at : at + 1] = [slice(None)] * (rank - named)
+    return items
+
+
 def _indexed(node: Node, known: int | None) -> int | None:
     source, index = node.args
     if isinstance(source, Node) and target_name(source) in ("chunk", "split", "split_with_sizes", "tensor_split"):
         return known
     if known is None or not isinstance(source, Node) or source.meta.get("kind") != "tensor":
         return None
-    items = index if isinstance(index, tuple) else (index,)
-    if not all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items):
-        return None
-    return known + sum(item is None for item in items) - sum(type(item) is int for item in items)
+    items = indices(index, known)
+    return None if items is None else sum(type(item) is not int for item in items)
 
 
 def channels(module: nn.Module | None, rank: int | None) -> tuple[int, int] | None:
@@ -306,27 +322,34 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
     before any layer has read them.
     """
     nodes = list(nodes)
-    _settle_ranks(nodes, modules)
+    settle_ranks(nodes, modules)
     live = _live(nodes)
     for node in nodes:
         if node.op == "placeholder" and "dtype" not in node.meta:
             readers = [reader for reader in node.users if reader in live]
-            read_by_layer = any(isinstance(modules.get(str(reader.target)), _LAYERS) for reader in readers)
+            read_by_layer = any(_is_layer(reader, modules) for reader in readers)
             divided = any(target_name(reader) in ("truediv", "div", "divide") for reader in readers)
             node.meta["floating"] = read_by_layer or not (divided or _becomes_index(node, modules))
         elif node.op in ("call_function", "call_method"):
             node.meta["floating"] = is_floating(node)
 
 
-def _settle_ranks(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
-    """Ranks of inputs as their readers have them, and of what depends on them."""
+def _is_layer(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node applies weights, which no integers have."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _LAYERS)
+    return target_name(node) in _LAYER_FUNCTIONS
+
+
+def settle_ranks(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
+    """Ranks of values as their readers have them, and of what depends on them, where they were not known."""
     for node in nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if node.op == "placeholder" and node.meta.get("rank") is None and node.meta.get("kind") != "other":
+        if node.meta.get("rank") is None and node.op.startswith("call"):
+            node.meta["rank"] = rank(node, module)
+        if node.meta.get("rank") is None and node.meta.get("kind") != "other" and node.op != "get_attr":
             readers = [_rank_read(reader, modules) for reader in node.users if reader.args[:1] == (node,)]
             node.meta["rank"] = next(filter(None, readers), None)
-        elif node.meta.get("rank") is None and node.op.startswith("call"):
-            node.meta["rank"] = rank(node, module)
 
 
 def _rank_read(reader: Node, modules: Mapping[str, nn.Module]) -> int | None:

@@ -144,7 +144,7 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
                 lifter = _TABLE.get(node.target)
                 if lifter is None:
                     return None
-                return _call(lifter, _resolve(node.args, modules), _resolve(node.kwargs, modules))
+                return _call(lifter, resolve(node.args, modules), resolve(node.kwargs, modules))
     except AlgebraError as refusal:
         return Refusal(str(refusal))
     return None
@@ -165,7 +165,7 @@ def _lift_module(node: Node, module: nn.Module, modules: Modules) -> Operator | 
         return None
     if carries_hooks(module):
         return Refusal("it carries hooks, which a fused kernel would drop")
-    return _call(lifter, (module, *_resolve(node.args, modules)), _resolve(node.kwargs, modules))
+    return _call(lifter, (module, *resolve(node.args, modules)), resolve(node.kwargs, modules))
 
 
 def _call(lifter: Lifter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operator | Sum | None:
@@ -180,7 +180,7 @@ def _call(lifter: Lifter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Oper
         raise
 
 
-def _resolve(argument: Any, modules: Modules) -> Any:
+def resolve(argument: Any, modules: Modules) -> Any:
     """Constants by value, activations as nodes."""
 
     def value(item: Node) -> Any:
@@ -491,8 +491,9 @@ def _(x: Any, index: Any) -> Operator | None:
     """Slices of the axes after the batch: a crop, a stride, or both."""
     if not _is_linear_in(x) or x.meta.get("kind") != "tensor" or not isinstance(x.meta.get("rank"), int):
         return None
-    slices = _slices(index, x.meta["rank"])
-    if slices is None or slices[0] != slice(None):
+    items = facts.indices(index, x.meta["rank"]) or []
+    slices = [item for item in items if isinstance(item, slice)]
+    if not slices or len(slices) < len(items) or slices[0] != slice(None):
         return None
     crops: list[tuple[int, int]] = []
     for item in slices[1:]:
@@ -512,18 +513,6 @@ def _(x: Any, index: Any) -> Operator | None:
         return None
     weight = torch.ones(channels, 1, *[1] * len(steps[1:]), dtype=torch.float64)
     return Conv(weight, None, tuple(steps[1:]), tuple(crops[1:]), groups=channels)
-
-
-def _slices(index: Any, rank: int) -> list[slice] | None:
-    """A slice for every axis; None when an index is anything else."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if sum(item is Ellipsis for item in items) > 1:
-        return None
-    if not any(item is Ellipsis for item in items):
-        items.append(Ellipsis)
-    at = next(i for i, item in enumerate(items) if item is Ellipsis)
-    items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
-    return items if len(items) == rank and all(isinstance(item, slice) for item in items) else None
 
 
 # Arithmetic.

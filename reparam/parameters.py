@@ -60,10 +60,10 @@ def _without_side_effects(
     program: Callable[[], dict[str, Tensor]], modules: Sequence[nn.Module], storages: frozenset[int]
 ) -> dict[str, Tensor] | None:
     """What a program computes, or None when it is none; the modules are as before either way."""
-    state = capture._State(modules)
-    memory = [(tensor, tensor.data) for module in modules for _, tensor in capture._tensors(module)]
+    state = capture.State(modules)
+    memory = [(tensor, tensor.data) for module in modules for _, tensor in capture.tensors_in(module)]
     try:
-        with torch.no_grad(), capture._NoSideEffects(storages):
+        with torch.no_grad(), capture.NoSideEffects(storages):
             values = program()
         return None if any(tensor.data_ptr() != data.data_ptr() for tensor, data in memory) else values
     except Exception:
@@ -87,7 +87,7 @@ def _parametrized(module: nn.Module) -> dict[str, Tensor]:
     programs: Any = module.parametrizations
     if any(capture.carries_hooks(inner) for inner in programs.modules()):
         raise _NotAProgramError
-    state = capture._State(programs.modules())
+    state = capture.State(programs.modules())
     first, second = ({name: getattr(module, name) for name in programs} for _ in range(2))
     for inner in programs.modules():
         state.check(inner)
@@ -105,7 +105,7 @@ def _agreed(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Te
 def _hooked(module: nn.Module, modules: Sequence[nn.Module]) -> dict[str, Tensor]:
     """The tensors that a module's pre-hooks set, when it has no other hooks."""
     hooks = list(module.__dict__[_PRE_HOOKS].values())
-    others = [name for name in capture._HOOKS if name != _PRE_HOOKS and module.__dict__.get(name)]
+    others = [name for name in capture.HOOKS if name != _PRE_HOOKS and module.__dict__.get(name)]
     if others or module.__dict__.get("_forward_pre_hooks_with_kwargs"):
         raise _NotAProgramError
     first, second = ({k: v for hook in hooks for k, v in _set_by(hook, module, modules).items()} for _ in range(2))
@@ -125,7 +125,7 @@ class _Untouchable:
 def _set_by(hook: Any, module: nn.Module, modules: Sequence[nn.Module]) -> Mapping[str, Tensor]:
     """The tensors of ``module`` that a hook sets, when that is all that it does."""
     before = {other: _attributes(other) for other in modules}
-    containers = capture._State(modules).contents
+    containers = capture.State(modules).contents
     with _closure_kept(hook):
         if hook(module, _Untouchable()) is not None:
             raise _NotAProgramError
@@ -137,7 +137,7 @@ def _set_by(hook: Any, module: nn.Module, modules: Sequence[nn.Module]) -> Mappi
             raise _NotAProgramError
         changed.update({name: new[name] for name in names})
         for name, items in containers[other].items():
-            kept = name in ("_parameters", "_buffers") or capture._same_items(other.__dict__.get(name), items)
+            kept = name in ("_parameters", "_buffers") or capture.same_items(other.__dict__.get(name), items)
             if not kept:
                 raise _NotAProgramError
     return changed

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam import aliasing, capture, cost, facts, measure, verify
+from reparam import aliasing, capture, cost, facts, measure, verify, views
 from reparam.algebra import ChannelAffine, Conv, Linear, Operator
 from reparam.emit import kernels_of
 from reparam.errors import AlgebraError
-from reparam.lift import _channels, _resolve, is_leaf, lift
+from reparam.lift import is_leaf, lift, resolve
 from reparam.report import Remark
 
 # torch.nn layers that are linear in their input up to a constant, in eval mode.
@@ -79,17 +79,19 @@ def probe(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Remark]:
     remarks: dict[str, Remark] = {}
     known: dict[Any, Probed | None] = {}
     world = list(modules.values())
+    facts.settle_ranks(graph.nodes, modules)
     for node in graph.nodes:
+        views.settle((node,), modules)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module is None or is_leaf(module):
             if known and node.op.startswith("call"):
                 _note_again(node, module)
             continue
         source = _only_activation(node)
-        for read in () if source is None else _reads(source, modules):
+        for read in () if source is None else _reads(source):
             key = node.target, read, str(node.args[1:]), str(node.kwargs)
             if key not in known:
-                args, kwargs = _resolve((node.args[1:], node.kwargs), modules)
+                args, kwargs = resolve((node.args[1:], node.kwargs), modules)
                 known[key] = _probed(module, args, kwargs, read, world)
             found = known[key]
             if found is not None:
@@ -165,14 +167,14 @@ def _collapsed(graph: Graph, path: str, region: list[Node], modules: Mapping[str
     if not linear or len(activations) != 1 or len(outputs) != 1:
         return None
     (source,), (output,) = activations, outputs
-    for read in _reads(source, modules):
+    for read in _reads(source):
         found = _probed(modules[path], (), {}, read, list(modules.values()))
         if found is None or found.kernels <= kernels_of(found.operator):
             continue
-        for x in verify._inputs(found.operator, source):
+        for x in verify.random_inputs(found.operator, source):
             # The module may have been called with more than its input.
-            expected, actual = verify._evaluate(Rewritten(graph, modules), output, {source: x}), found.operator(x)
-            if verify._relative_error(expected, actual) > verify.CERTIFICATE_TOLERANCE:
+            expected, actual = verify.evaluate(Rewritten(graph, modules), output, {source: x}), found.operator(x)
+            if verify.relative_error(expected, actual) > verify.CERTIFICATE_TOLERANCE:
                 return None
         with graph.inserting_before(output):
             call = graph.call_module(path, (source,))
@@ -238,72 +240,19 @@ def _only_activation(node: Node) -> Node | None:
     return first if is_only else None  # type: ignore[return-value]
 
 
-def _reads(source: Node, modules: Mapping[str, nn.Module]) -> Iterator[_Read]:
+def _reads(source: Node) -> Iterator[_Read]:
     """Rank and channels of a value, when both are known; the channels' axis may be one of two."""
     if source.meta.get("kind") == "other" or not source.meta.get("floating", True):
         return
-    rank, shape = _rank_of(source, modules), source.meta.get("shape")
+    rank, shape = source.meta.get("rank"), source.meta.get("shape")
     if rank is None or rank < 2:
         return
     for axis in (1 - rank, -1):
-        channels = _channels_of(source, axis, modules)
-        if channels is None and shape is not None and not _has_channels(source, modules):
+        channels = views.channels(source, axis)
+        if channels is None and shape is not None and "channels" not in source.meta:
             channels = shape[axis]
         if channels is not None:
             yield _Read(rank, channels, axis, shape)
-
-
-def _rank_of(value: Node, modules: Mapping[str, nn.Module]) -> int | None:
-    """The rank of a value, also where only the convolutions that read it show it."""
-    known: int | None = value.meta.get("rank")
-    if known is not None:
-        return known
-    layers = [reader for reader in value.users if reader.op == "call_module" and "channels" in reader.meta]
-    shown = {reader.meta["rank"] for reader in layers if reader.meta["channels"][1] < -1}
-    if not shown and _keeps_channels(value, modules):
-        shown = {_rank_of(source, modules) for source in value.all_input_nodes if source.op != "get_attr"}
-    return shown.pop() if len(shown) == 1 else None
-
-
-def _channels_of(value: Node, axis: int, modules: Mapping[str, nn.Module]) -> int | None:
-    """Channels along an axis: those of the layer that made the value, through sums, activations and pools."""
-    for node in _makers(value, modules):
-        known = _channels(node, axis)
-        # A single channel may have been broadcast on the way.
-        if known is not None and (known > 1 or node is value):
-            return known
-    return None
-
-
-def _has_channels(value: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer shows which axis of a value is that of its channels."""
-    return any("channels" in node.meta for node in _makers(value, modules))
-
-
-def _makers(value: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
-    """A value and, as far as its channels are theirs, the values that it was made of."""
-    pending, seen = [value], {value}
-    while pending:
-        node = pending.pop()
-        yield node
-        if "channels" not in node.meta and _keeps_channels(node, modules):
-            sources = [source for source in node.all_input_nodes if source.op != "get_attr" and source not in seen]
-            pending += sources
-            seen.update(sources)
-
-
-_KEEP_CHANNELS = frozenset(
-    """add iadd sub isub mul imul div truediv max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate""".split()
-)
-
-
-def _keeps_channels(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a value has the rank and the channels of what it is made of."""
-    if node.op == "call_module":
-        pool = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
-        return facts.keeps_shape(node) or isinstance(modules[str(node.target)], pool)
-    return facts.keeps_shape(node) or facts.target_name(node) in _KEEP_CHANNELS
 
 
 def _may_be_linear(module: nn.Module) -> bool:
@@ -330,14 +279,14 @@ class _Subject:
         self.module, self.args, self.kwargs = module, args, kwargs
         # A module may also know others, and change them.
         self.world = list({id(part): part for part in (*module.modules(), *world)}.values())
-        self.state = capture._State(self.world)
-        tensors = [tensor for part in module.modules() for _, tensor in capture._tensors(part)]
+        self.state = capture.State(self.world)
+        tensors = [tensor for part in module.modules() for _, tensor in capture.tensors_in(part)]
         floating = [tensor for tensor in tensors if tensor.is_floating_point()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.dtype = floating[0].dtype if floating else torch.get_default_dtype()
         self.function = verify.InDouble(module)
         own = capture.tensor_storages(self.world)
-        self.guard = capture._NoSideEffects(own | self.function.storages)
+        self.guard = capture.NoSideEffects(own | self.function.storages)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The module's answer; raises RefutedError where it does not give one, or does anything else."""
@@ -365,7 +314,7 @@ class _Subject:
     def check_state(self, x: Tensor) -> None:
         """A call like one before changes nothing: neither what the module holds nor what it answers."""
         first = self(x)
-        held = capture._State(self.world)
+        held = capture.State(self.world)
         self(-x)
         if not torch.equal(self(x), first):
             raise RefutedError("its answers to the same input differ")
@@ -374,9 +323,9 @@ class _Subject:
                 raise RefutedError("it remembers its calls")
             for name, value in held.attributes[part].items():
                 new = part.__dict__[name]
-                same = new is value or (type(new) is type(value) and type(value) in capture._ATOMS and new == value)
+                same = new is value or (type(new) is type(value) and type(value) in capture.ATOMS and new == value)
                 contents = held.contents[part].get(name)
-                if not same or (contents is not None and not capture._same_items(new, contents)):
+                if not same or (contents is not None and not capture.same_items(new, contents)):
                     raise RefutedError("it remembers its calls")
 
     def restore(self) -> None:

@@ -24,10 +24,10 @@ from torch.fx import Node
 
 from reparam import aliasing, facts, measure, views
 from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
-from reparam.capture import carries_hooks
+from reparam.capture import is_opaque
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
-from reparam.lift import Refusal, Sum, is_leaf, lift
+from reparam.lift import Refusal, Sum, lift
 from reparam.report import Remark
 from reparam.verify import Uncertifiable, certify
 
@@ -193,10 +193,7 @@ class Graph:
 
     def is_opaque(self, node: Node) -> bool:
         """Whether a node calls Python that was not traced, and of which nothing else is known."""
-        if node.op != "call_module" or "operator" in node.meta:
-            return False
-        module = self.modules[str(node.target)]
-        return not is_leaf(module) or carries_hooks(module)
+        return is_opaque(node, self.modules)
 
     def lets_pass(self, node: Node) -> bool:
         """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
@@ -231,6 +228,21 @@ class Graph:
         yield from (reader for reader in source.users if isinstance(self.op(reader), type(None)))
 
     # Changes, made by the driver.
+
+    def settle(self) -> list[Node]:
+        """Look again at what is known of values without an example: a merged layer may show what none did before.
+
+        Returns:
+            The nodes of whose values, or whose inputs, more is known now.
+        """
+        known = {node: _known(node) for node in self.fx.nodes}
+        facts.settle_ranks(self.fx.nodes, self.modules)
+        views.settle(self.fx.nodes, self.modules)
+        changed = {node for node, before in known.items() if _known(node) != before}
+        affected = [node for node in self.fx.nodes if node in changed or not changed.isdisjoint(node.all_input_nodes)]
+        for node in affected:
+            self._lifted.pop(node, None)
+        return affected
 
     def _shape_twin(self, node: Node, reader: Node) -> str | None:
         """Where else the shape of an absorbed node can be read: at its source, or at the result."""
@@ -310,6 +322,7 @@ class Graph:
         for node, value in rewrite.values:
             twins = self._twins(node, value)
             result, made = self._materialise(value, node)
+            views.settle(made, self.modules)
             # What takes a place may be a node that is itself replaced: all are, at once.
             result = placed.get(result, result)
             new += made
@@ -392,6 +405,11 @@ def describe(node: Node) -> str:
     where = node.meta.get("scope")
     name = facts.target_name(node) or str(node.name)
     return f"{name} in {where}" if where else name
+
+
+def _known(node: Node) -> tuple[object, ...]:
+    """What is known of a value."""
+    return tuple(node.meta.get(name) for name in ("rank", "axes", "channels"))
 
 
 def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> dict[str, Any]:
@@ -478,43 +496,58 @@ def rewrite(
     missed: dict[tuple[Node, str], str] = {}
     waiting = deque(graph.fx.nodes)
     queued = set(waiting)
-    visited = 0
+    visited = fused = 0
     while waiting:
         node = waiting.popleft()
         queued.discard(node)
-        if node._erased:
-            continue
-        visited += 1
-        if progress is not None:
-            progress(min(visited, total), total, graph.path(node))
-        for rule in rules:
-            match rule.rewrite(node, graph):
-                case None:
-                    # What stood in the way before may be gone.
-                    missed.pop((node, rule.name), None)
-                case Rewrite() as change:
-                    where = graph.path(node)
-                    if verify:
-                        try:
-                            error = certify(graph, change, where, rule.name)
-                        except Uncertifiable as unknown:
-                            missed[node, rule.name] = str(unknown)
-                            continue
-                        outcome.certificates += 1
-                        outcome.largest_error = max(outcome.largest_error, error)
-                    new = _perform(graph, rule, change)
-                    outcome.remarks.append(Remark("fused", rule.name, where, change.message))
-                    again = [other for other in _neighbourhood(graph, new or _remaining(change)) if other not in queued]
-                    waiting.extendleft(reversed(again))
-                    queued.update(again)
-                    break
-                case Missed() as refusal:
-                    missed[refusal.node or node, rule.name] = refusal.reason
+        if not node._erased:
+            visited += 1
+            if progress is not None:
+                progress(min(visited, total), total, graph.path(node))
+            again = [other for other in _visit(graph, rules, node, verify, outcome, missed) if other not in queued]
+            waiting.extendleft(reversed(again))
+            queued.update(again)
+        if not waiting and len(outcome.remarks) > fused:
+            fused = len(outcome.remarks)
+            waiting.extend(graph.settle())
+            queued.update(waiting)
     for (node, name), reason in missed.items():
         if not node._erased:
             outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
     outcome.remarks += _left_over(graph, {node for node, _ in missed})
     return outcome
+
+
+def _visit(
+    graph: Graph,
+    rules: Sequence[Rule],
+    node: Node,
+    verify: bool,
+    outcome: Outcome,
+    missed: dict[tuple[Node, str], str],
+) -> list[Node]:
+    """Apply the first rule that matches at a node; returns the nodes to look at again."""
+    for rule in rules:
+        match rule.rewrite(node, graph):
+            case None:
+                # What stood in the way before may be gone.
+                missed.pop((node, rule.name), None)
+            case Missed() as refusal:
+                missed[refusal.node or node, rule.name] = refusal.reason
+            case Rewrite() as change:
+                where = graph.path(node)
+                if verify:
+                    try:
+                        error = certify(graph, change, where, rule.name)
+                    except Uncertifiable as unknown:
+                        missed[node, rule.name] = str(unknown)
+                        continue
+                    outcome.certificates += 1
+                    outcome.largest_error = max(outcome.largest_error, error)
+                new = _perform(graph, rule, change)
+                outcome.remarks.append(Remark("fused", rule.name, where, change.message))
+                return _neighbourhood(graph, new or _remaining(change))
+    return []
 
 
 def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:

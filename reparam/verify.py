@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import VerificationError
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from reparam.rewrite import Apply, Graph, Rewrite
 
 CERTIFICATE_TOLERANCE = 1e-9
+
+# Units in the last place of the largest magnitude on the way by which two orders of adding may differ.
+_UNITS = 4
 
 # What rounding may add up to over a whole network, relative to the largest output.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1} | {
@@ -68,7 +72,7 @@ def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
         return _certify_together(graph, rewrite, where, rule)
     largest = 0.0
     for apply in applies(rewrite):
-        for x in _inputs(apply.operator, apply.source):
+        for x in random_inputs(apply.operator, apply.source):
             terms = _evaluate_terms(graph, apply, x)
             actual = apply.operator.double()(x) if isinstance(apply.operator, AnyConv) else apply.operator(x)
             largest = max(largest, _check(actual, terms, where, rule))
@@ -85,12 +89,12 @@ def _certify_together(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> 
     for env in _environments(graph, rewrite):
         for node in rewrite.outputs:
             try:
-                expected = _evaluate(graph, node, dict(env))
+                expected = evaluate(graph, node, dict(env))
             except Exception as error:
                 raise Uncertifiable(
                     f"the shapes on the way are not known ({_first_line(error)}); pass example_inputs"
                 ) from error
-            actual = _evaluate(graph, node, dict(env), changed)
+            actual = evaluate(graph, node, dict(env), changed)
             largest = max(largest, _check(actual, [expected], where, rule))
     return largest
 
@@ -120,7 +124,7 @@ def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
     replaced = [graph.op(node) for node, _ in rewrite.values if tensors[0] in node.all_input_nodes]
     operators = [sources.get(tensors[0]), *replaced]
     operator = next((found for found in operators if isinstance(found, Operator)), Pad(()))
-    for x in _inputs(operator, tensors[0]):
+    for x in random_inputs(operator, tensors[0]):
         yield {tensors[0]: x}
 
 
@@ -137,7 +141,7 @@ def _generator() -> torch.Generator:
 
 def _evaluate_terms(graph: Graph, apply: Apply, x: Tensor) -> list[Tensor]:
     env: dict[Node, Any] = {apply.source: x}
-    return [coefficient * _evaluate(graph, term, env) for coefficient, term in apply.terms]
+    return [coefficient * evaluate(graph, term, env) for coefficient, term in apply.terms]
 
 
 def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str) -> float:
@@ -156,7 +160,7 @@ def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str)
     for _, leaf in leaves:
         env.setdefault(leaf, torch.randn(shape, dtype=torch.float64, generator=generator))
     terms = [coefficient * env[leaf] for coefficient, leaf in leaves]
-    return _check(_evaluate(graph, node, dict(env)), terms, where, rule)
+    return _check(evaluate(graph, node, dict(env)), terms, where, rule)
 
 
 def _check(actual: Tensor, terms: Sequence[Tensor], where: str, rule: str) -> float:
@@ -168,7 +172,7 @@ def _check(actual: Tensor, terms: Sequence[Tensor], where: str, rule: str) -> fl
             f"{rule} at {where or 'the model'} would change a shape from {tuple(expected.shape)} to "
             f"{tuple(actual.shape)}; this is a defect of the rule, please report it"
         )
-    comparison = Comparison(_relative_error(expected, actual, largest), CERTIFICATE_TOLERANCE, 1)
+    comparison = Comparison(relative_error(expected, actual, largest), CERTIFICATE_TOLERANCE, 1)
     if not comparison.largest_error <= comparison.tolerance:
         raise VerificationError(
             f"{rule} at {where or 'the model'} would change the result ({comparison}); this is a defect of the rule, "
@@ -178,7 +182,7 @@ def _check(actual: Tensor, terms: Sequence[Tensor], where: str, rule: str) -> fl
     return comparison.largest_error
 
 
-def _inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
+def random_inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
     """Random float64 inputs of small, odd sizes that reach every border, and every phase of a stride."""
     generator = _generator()
     rank = source.meta.get("rank")
@@ -222,7 +226,7 @@ def _device(operator: Operator) -> torch.device:
     return operator.scale.device if isinstance(operator, ChannelAffine) else torch.device("cpu")
 
 
-def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[Node, Any] | None = None) -> Any:
+def evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[Node, Any] | None = None) -> Any:
     """The value of a node in float64, with torch's own functions, given the values of some earlier nodes.
 
     ``changed`` has what takes the places of some nodes: another node, or an operator applied to one.
@@ -231,7 +235,7 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[N
         return env[node]
 
     def value(item: Node) -> Any:
-        return _evaluate(graph, item, env, changed)
+        return evaluate(graph, item, env, changed)
 
     instead = (changed or {}).get(node)
     if isinstance(instead, Node):
@@ -247,7 +251,7 @@ def _evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[N
             raise LookupError(f"the replacement leaves out what depends on the input {node.target}")
         case "get_attr":
             owner, _, name = str(node.target).rpartition(".")
-            result = _double(getattr(graph.modules[owner], name))
+            result = doubled(getattr(graph.modules[owner], name))
         case "call_module":
             result = InDouble(graph.modules[str(node.target)])(*args, **kwargs)
         case "call_method":
@@ -275,7 +279,7 @@ class InDouble:
                 warnings.simplefilter("ignore")
                 self.module = copy.deepcopy(module).double().eval()
         tensors = (*self.module.named_parameters(), *self.module.named_buffers())
-        self.tensors = {name: _double(tensor) for name, tensor in tensors}
+        self.tensors = {name: doubled(tensor) for name, tensor in tensors}
         self.storages = frozenset(tensor.untyped_storage()._cdata for tensor in self.tensors.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -293,7 +297,8 @@ class InDouble:
         return result
 
 
-def _double(tensor: Tensor) -> Tensor:
+def doubled(tensor: Tensor) -> Tensor:
+    """The same numbers in float64; integers stay."""
     return tensor.detach().double() if tensor.is_floating_point() else tensor
 
 
@@ -345,8 +350,16 @@ def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
             module.training = training
 
 
-def compare(expected: Any, actual: Any, tolerance: float | None = None) -> Comparison:
+def compare(expected: Any, actual: Any, tolerance: float | None = None, *, scale: float = 0.0) -> Comparison:
     """Compare two outputs of any structure.
+
+    Args:
+        expected: The reference.
+        actual: What must agree with it.
+        tolerance: Allowed largest difference, relative to the largest magnitude in a reference tensor; that of its
+            type when left out.
+        scale: Largest magnitude on the way to the outputs, where known. Terms that cancel leave their rounding behind,
+            and another one in every order: a few units in the last place of this magnitude are no difference.
 
     Raises:
         VerificationError: They disagree.
@@ -366,7 +379,8 @@ def compare(expected: Any, actual: Any, tolerance: float | None = None) -> Compa
                 f"the models return different tensors: {tuple(x.shape)} of {x.dtype} and {tuple(y.shape)} of {y.dtype}"
             )
         tensors += 1
-        largest = max(largest, _relative_error(x, y))
+        if not _is_rounding(x, y, scale):
+            largest = max(largest, relative_error(x, y))
         if tolerance is None:
             allowed = max(allowed, TOLERANCES.get(x.dtype, 0.0))
     comparison = Comparison(largest, allowed, tensors)
@@ -387,12 +401,38 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_rounding(x: Tensor, y: Tensor, scale: float) -> bool:
+    """Whether two tensors differ by no more than what rounding leaves of terms of some magnitude."""
+    if not scale or not x.is_floating_point() or not x.numel():
+        return False
+    return float((x - y.to(x.device)).abs().max()) <= _UNITS * torch.finfo(x.dtype).eps * scale
+
+
+class LargestMagnitude(TorchDispatchMode):
+    """Notes the largest magnitude that any operation returns.
+
+    Attributes:
+        value: That magnitude so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.value = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+                self.value = max(self.value, _magnitude(tensor))
+        return result
+
+
 def _magnitude(tensor: Tensor) -> float:
     finite = torch.isfinite(tensor)
     return tensor[finite].abs().max().item() if finite.any() else 0.0
 
 
-def _relative_error(reference: Tensor, result: Tensor, magnitude: float = 0.0) -> float:
+def relative_error(reference: Tensor, result: Tensor, magnitude: float = 0.0) -> float:
     """Largest absolute difference over the largest magnitude, or a given larger one; nan or inf must match in place."""
     if reference.numel() == 0:
         return 0.0

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from reparam import facts
+from reparam.algebra import AveragePool, Pad
 from reparam.capture import carries_hooks
 from reparam.errors import AlgebraError
 from reparam.lift import is_leaf
@@ -142,6 +143,11 @@ def _axes(node: Node, modules: Mapping[str, Any]) -> Axes | None:
     rank = source.meta.get("rank")
     if rank is None:
         return None
+    match node.target:
+        case Pad(padding):
+            return _pad(rank, [amount for pair in reversed(padding) for amount in pair])
+        case AveragePool() as pool:
+            return _keeps_first_two(rank, pool.dimensions)
     if node.op == "call_module":
         return _of_module(node, modules[str(node.target)], source, rank)
     if node.op in ("call_function", "call_method"):
@@ -307,23 +313,16 @@ def _is_one(node: Node, axis: int) -> bool:
 
 def _index(source: Node, rank: int, index: Any) -> Axes | None:
     """Slices, numbers, None and the ellipsis; an axis that is cut or gone is no longer what it was."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if source.meta.get("kind") != "tensor" or any(
-        not (item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int) for item in items
-    ):
+    items = facts.indices(index, rank)
+    if source.meta.get("kind") != "tensor" or items is None:
         return None
-    named = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis not in items:
-        items.append(Ellipsis)
-    at = items.index(Ellipsis)
-    items[at : at + 1] = [slice(None)] * (rank - named)
     to: list[int | None] = []
     position = 0
     for item in items:
         if item is not None:
             to.append(position if item == slice(None) else None)
         position += type(item) is not int
-    return Axes(rank, position, tuple(to)) if len(to) == rank else None
+    return Axes(rank, position, tuple(to))
 
 
 # Reshapes.

@@ -634,8 +634,9 @@ def views_of(draw: st.DrawFn, reads: int, shape: torch.Size) -> Step:
         "crop",
         "flatten_layer",
         "permute",
-        "added_axis",
     ]
+    # Three spatial axes are the most that layers have.
+    simple += ["added_axis"] * (rank < 5)
     simple += ["squeeze", "channels_known"] + ["tokens", "some", "first"] * (rank > 2)
     kind = draw(st.sampled_from(simple))
     options: dict[str, dict[str, Any]] = {
@@ -696,7 +697,7 @@ def networks(draw: st.DrawFn, length: int = 9) -> tuple[Network, list[tuple[Tens
                 # A step that does not fit (a kernel larger than its input, say) may have changed values in place.
                 results = [network.execute(len(network.steps) - 1, copy.deepcopy(values)) for values in runs]
                 ok = all(r.numel() and r.abs().max() < 1e4 and r.dim() >= 2 for r in results)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, IndexError):
             ok = False
         if not ok:
             network.pop()

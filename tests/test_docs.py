@@ -12,7 +12,15 @@ import torch
 import reparam
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/blocks.md", "docs/extending.md"]
+PAGES = [
+    "README.md",
+    "docs/blocks.md",
+    "docs/extending.md",
+    "docs/how-it-works.md",
+    "docs/index.md",
+    "docs/not-fused.md",
+    "docs/report.md",
+]
 # A Python block, and the text block right after it, which is what it prints.
 _BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
@@ -56,7 +64,7 @@ def test_a_page_that_is_wrong_is_noticed(capsys: pytest.CaptureFixture[str], tmp
 
 def test_links_lead_somewhere() -> None:
     """Every relative link of a page is a file."""
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 

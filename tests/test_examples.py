@@ -45,17 +45,6 @@ class Branches(nn.Module):
         return self.norm(self.norm3(self.conv3(x)) + self.conv1(x) + x)
 
 
-def test_every_node_is_below_its_inputs_and_no_line_crosses_a_box(drawing: ModuleType) -> None:
-    graph = fx.symbolic_trace(Branches()).graph
-    layout = drawing.arrange(graph)
-    assert len(set(layout.places.values())) == len(graph.nodes)
-    for (source, reader), points in layout.edges.items():
-        assert (points[0], points[-1]) == (layout.places[source], layout.places[reader])
-        rows = [row for _, row in points]
-        assert rows == list(range(int(rows[0]), int(rows[-1]) + 1)), "an edge goes down, row by row"
-        assert not set(points[1:-1]) & set(layout.places.values())
-
-
 def test_the_picture_is_a_png_1600_pixels_wide(drawing: ModuleType, tmp_path: Path) -> None:
     block = fx.symbolic_trace(Branches())
     deployed = fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4)))

@@ -53,6 +53,10 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert packaged == expected
 
 
+def test_the_template_of_the_page_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    assert "reparam/templates/report.html" in wheel.namelist()
+
+
 def test_is_typed_and_licensed(wheel: zipfile.ZipFile) -> None:
     assert "reparam/py.typed" in wheel.namelist()
     assert email.message_from_string(metadata(wheel, "METADATA"))["License-Expression"] == "Apache-2.0"
@@ -64,7 +68,7 @@ def test_offers_the_command_and_the_extras(wheel: zipfile.ZipFile) -> None:
     extras = email.message_from_string(metadata(wheel, "METADATA")).get_all("Provides-Extra")
     assert extras is not None
     targets = {"onnx", "openvino", "executorch", "coreml", "deploy"}
-    assert set(extras) == {*targets, "demo", "timm", "test", "dev"}
+    assert set(extras) == {*targets, "demo", "timm", "docs", "test", "dev"}
 
 
 def test_an_installed_copy_imports(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

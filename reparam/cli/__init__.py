@@ -1,4 +1,4 @@
-"""The ``reparam`` command: fuse a checkpoint, export, explain and verify it, list known models.
+"""The ``reparam`` command: fuse a checkpoint, export, explain, report and verify it, list known models.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 outputs disagree, 2 bad usage or input,
 3 internal error, 130 interrupted, 143 terminated. Every command has a module of its own; PyTorch takes two seconds to
@@ -10,12 +10,12 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from reparam.cli import explain, export, fuse, models, verify
+from reparam.cli import explain, export, fuse, models, report, verify
 from reparam.cli.shell import app, register
 
-__all__ = ["app", "explain", "export", "fuse", "main", "models", "verify"]
+__all__ = ["app", "explain", "export", "fuse", "main", "models", "report", "verify"]
 
-for function in (fuse.fuse, export.export, explain.explain, verify.verify, models.models):
+for function in (fuse.fuse, export.export, explain.explain, report.report, verify.verify, models.models):
     register(function)
 
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 import reparam
 from reparam import cli, models, storage
+from reparam.timing import Timing
 from support import randomise
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -661,3 +662,64 @@ def test_a_reader_may_stop_reading(fused: Path) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def test_report_writes_a_page_beside_the_checkpoint(checkpoint: Path) -> None:
+    result = run("report", checkpoint, "--no-latency")
+    output = checkpoint.with_name("digits_report.html")
+    assert result.stdout == f"{output}: repvit_digits before and after compiling\n"
+    text = output.read_text()
+    assert "digits.pth: repvit_digits</h1>" in text
+    assert "certified</span> in float64" in text
+    assert 'id="latency"' not in text
+
+
+def test_report_builds_a_network_by_name_and_charts_a_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"graph": "training", "runtime": "<b>", "seconds": {"median": 2.0, "low": 1.0, "high": 3.0}}]
+    (tmp_path / "bench.json").write_text(json.dumps({"model": "m", "threads": 1, "rows": rows}))
+    assert run("report", "repvit_digits", "--no-latency", "--bench", "bench.json", "--quiet").output == ""
+    assert "training graph, &lt;b&gt;" in (tmp_path / "repvit_digits_report.html").read_text()
+
+
+def test_report_times_both_graphs(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reparam import page
+
+    timed = []
+    chart = page.Chart("one thread", (page.Latency("a graph", Timing(2e-3, 1e-3, 3e-3), True),))
+    monkeypatch.setattr(page, "time", lambda *args: timed.append(args) or chart)
+    run("report", checkpoint, "-o", tmp_path / "page.html", "--input-size", "1x6x6")
+    ((_, deploy, inputs),) = timed
+    assert (deploy.report.after.norms, inputs.shape) == (0, (1, 1, 6, 6))
+    assert "2.00 ms (1.00 to 3.00)" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["no_such_network"], "no_such_network is no file, and no known network: "),
+        (["missing.pth"], "missing.pth: "),
+        (["repvit_digits", "-o", "page.pdf"], "page.pdf: the output must end in .html"),
+        (["repvit_digits", "-o", "no/page.html"], "no/page.html: there is no folder no"),
+        (["repvit_digits", "--bench", "none.json"], "none.json: cannot be read: No such file or directory"),
+        (["repvit_digits", "--bench", "text.json"], "text.json: is no JSON: "),
+        (["repvit_digits", "--bench", "list.json"], "list.json: this is not what reparam bench --json prints"),
+    ],
+)
+def test_report_says_what_is_wrong(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    assert failure("report", *arguments).startswith(says)
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_report_wants_the_training_checkpoint(fused: Path) -> None:
+    assert "is a deploy file, which says nothing of the network before" in failure("report", fused)

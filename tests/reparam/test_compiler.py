@@ -342,6 +342,25 @@ def test_verification_can_be_left_out(verify: bool, model: Network, x: Tensor) -
     assert (result.report.comparison is not None) is verify
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_branches_that_cancel_leave_rounding_and_no_complaint(dtype: torch.dtype) -> None:
+    class Cancels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            with torch.no_grad():
+                self.c.weight.copy_(self.a.weight + self.b.weight)
+                self.c.bias.copy_(self.a.bias + self.b.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x) - self.c(x)
+
+    model, x = Cancels().to(dtype).eval(), torch.randn(2, 3, 9, 9, dtype=dtype)
+    compiled = reparam.compile(model, x)
+    assert compiled.report.after.kernels == 1
+    assert compiled(x).abs().max() < 1e-5
+
+
 # Models that are a single thing.
 
 

@@ -496,16 +496,24 @@ class Chain:
 def chains(draw: st.DrawFn) -> Chain:
     """Passages that fit, beginning with an image."""
     passages: list[Passage] = []
-    axis, rank = 1, 4
+    axis, x = 1, torch.zeros(SMALLEST)
     for _ in range(draw(st.integers(1, 4))):
-        fitting = [p for p in PASSAGES if rank in p.ranks and (not p.image or axis == 1)]
-        passage = draw(st.sampled_from(fitting))
-        x = torch.empty((2, *range(3, 2 + rank)))
+        fitting = [p for p in PASSAGES if x.dim() in p.ranks and (not p.image or axis == 1)]
+        passage = draw(st.sampled_from([p for p in fitting if _runs(p, x, axis)]))
         passages.append(passage)
-        axis, rank = passage.moves(axis, rank), passage.apply(x, axis).dim()
-    return Chain(tuple(passages), axis, rank)
+        axis, x = passage.moves(axis, x.dim()), passage.apply(x, axis)
+    return Chain(tuple(passages), axis, x.dim())
 
 
+def _runs(passage: Passage, x: Tensor, axis: int) -> bool:
+    """Whether a value is large enough."""
+    try:
+        return passage.apply(x, axis).numel() > 0
+    except RuntimeError:
+        return False
+
+
+SMALLEST = (1, 1, 4, 4)
 SIZES = st.sampled_from([(2, 4, 4), (4, 4, 4), (3, 5, 7), (1, 6, 4)])
 
 
@@ -520,9 +528,10 @@ def test_any_chain_behind_a_convolution(chain, channels, size, shifted, negative
         x = chain(self.conv(x)) * self.scale
         return x if self.shift is None else x + self.shift
 
+    wanted = scales.detach().clone()
     net = model(forward, conv=conv(2, channels, 3, padding=1), scale=scales, shift=shifts)
     with torch.no_grad():
-        net.scale.copy_(scales)
+        net.scale.copy_(wanted)  # a model's parameters are random numbers of either sign
     batch, *space = size
     x = normal(batch, 2, *space)
     for verify in (False, True):
@@ -545,9 +554,10 @@ def test_any_chain_before_a_linear_layer(chain, channels, size, shifted, negativ
         x = chain(x if self.shift is None else x + self.shift)
         return self.fc(x.transpose(chain.axis, -1))
 
+    wanted = -scales.detach() if negative else scales.detach().clone()
     net = model(forward, fc=nn.Linear(channels, 3), scale=scales, shift=shifts)
     with torch.no_grad():
-        net.scale.copy_(-scales if negative else scales)
+        net.scale.copy_(wanted)
     batch, *space = size
     x = normal(batch, channels, *space)
     for verify in (False, True):

@@ -66,7 +66,8 @@ def check(
         assert_same(network, compiled, *x)
     report = compiled.report
     assert report.after.kernels <= report.before.kernels
-    assert report.after.convolutions <= report.before.convolutions
+    # A norm and an average pool may have become one convolution.
+    assert report.after.convolutions + report.after.norms <= report.before.convolutions + report.before.norms
     assert not compiled.training
     assert not any(parameter.requires_grad for parameter in compiled.parameters())
 
@@ -81,26 +82,10 @@ def check(
         assert all(torch.equal(a[name], b[name]) for name in a), "two compilations differ"
 
     again = reparam.compile(compiled, example, verify=False)
-    # A merged layer may show a rank that nothing showed before, unless an example did; and memory that is written to
-    # for nobody is only understood once the write is gone.
-    if with_example and not writes_for_nobody(network):
-        assert kernels(again.report.after) == kernels(report.after)
-    assert again.report.after.kernels <= report.after.kernels
+    assert kernels(again.report.after) == kernels(report.after)
     for x in calls:
         error = largest_error(run(compiled, *x), run(again, *x))
         assert error <= (TOLERANCE if again.report.fused else 0.0), "compiling twice changes numbers"
-
-
-def writes_for_nobody(network: Network) -> bool:
-    """Whether the result of an in-place operation is not read."""
-    read = {value for step in network.steps for value in step.reads} | {
-        output % (len(network.steps) + 1) for output in network.outputs
-    }
-    in_place = ("in_place", "method", "mul_")
-    return any(
-        (step.options.get("in_place") or step.options.get("how") in in_place) and index + 1 not in read
-        for index, step in enumerate(network.steps)
-    )
 
 
 @settings(max_examples=NETWORKS)
@@ -197,6 +182,12 @@ REGRESSIONS: dict[str, tuple[int, Network]] = {
         Step("interpolate", (1,), {"mode": "nearest"}),
         Step("norm_conv", (2,), {"channels": 1, "out": 3, "kernel": (3, 1), "padding": (2, 1)}),
     ])),
+    # A convolution by function did not say that its input is no image of bytes, which a division makes floats.
+    "a division beside a convolution by function": (2, Network(1, [
+        Step("number", (0,), {"how": "div", "number": 1}),
+        Step("relu", (1,)),
+        Step("conv_function", (0,), {"channels": 1, "out": 1, "kernel": (1, 1), "bias": False}),
+    ], (3, 2))),
 }  # fmt: skip
 
 

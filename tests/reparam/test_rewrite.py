@@ -99,6 +99,19 @@ def test_rules_are_applied_until_none_matches():
     assert rewrite(graph, rules).remarks == []
 
 
+def test_what_a_merged_layer_shows_is_used_further_on():
+    def forward(self, x):
+        x = x.abs()
+        return self.after(self.norm(torch.relu(self.conv(x) + x)))
+
+    layers = {"conv": nn.Conv1d(3, 3, 3, padding=1), "norm": nn.BatchNorm1d(3), "after": nn.Conv1d(3, 4, 1)}
+    module = model(forward, **layers)
+    # A BatchNorm1d reads two axes or three; only the convolution that the sum becomes says that it is three here.
+    compiled = reparam.compile(module)
+    assert (compiled.report.after.norms, compiled.report.after.convolutions) == (0, 2)
+    assert_same(module, compiled, torch.randn(2, 3, 9, dtype=torch.float64))
+
+
 def test_order_of_the_rules_does_not_matter_for_the_result():
     net = model(lambda s, x: torch.relu(s.n3(s.c3(x)) + s.n1(s.c1(x)) + s.n(x)), c3=nn.Conv2d(4, 4, 3, padding=1),
                 c1=nn.Conv2d(4, 4, 1), n3=nn.BatchNorm2d(4), n1=nn.BatchNorm2d(4), n=nn.BatchNorm2d(4))  # fmt: skip

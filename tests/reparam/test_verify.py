@@ -52,6 +52,14 @@ def test_the_tolerance_is_the_callers() -> None:
     assert reparam.verify(a, a, torch.ones(2), tolerance=0.0).largest_error == 0.0
 
 
+def test_terms_that_cancel_leave_rounding() -> None:
+    left, rounding, error = (torch.full((2,), 1e-9 + more, dtype=torch.float64) for more in (0.0, 1e-16, 1e-14))
+    assert compare(left, rounding, scale=1.0).largest_error == 0.0
+    for expected, actual, scale in [(left, rounding, 0.0), (left, rounding, 0.01), (left, error, 1.0)]:
+        with pytest.raises(VerificationError):
+            compare(expected, actual, scale=scale)
+
+
 NAN, INF = float("nan"), float("inf")
 
 
