@@ -165,7 +165,7 @@ def using(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
             "torch.export cannot express the model: Runtime",
         ),
         ("writing", OSError(28, "No space left on device"), ExportError, "a.pt2: cannot be written: No space left"),
-        ("writing", KeyboardInterrupt(), KeyboardInterrupt, ""),
+        ("writing", KeyboardInterrupt(), KeyboardInterrupt, None),
         ("loading", ExportError("a.pt2: cannot load it"), ExportError, "cannot load it"),
         ("wrong", None, VerificationError, "torch.export and PyTorch: the models disagree: .*; nothing was written"),
     ],
@@ -176,7 +176,7 @@ def test_a_failure_leaves_everything_as_it_was(
     fails: str,
     error: BaseException | None,
     expected: type[BaseException],
-    message: str,
+    message: str | None,
 ) -> None:
     using(monkeypatch, Pieces(fails, error))
     for older in (False, True):

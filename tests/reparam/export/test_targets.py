@@ -23,7 +23,7 @@ for target in TARGETS.values():
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 QUICK = ["onnx", "openvino", "executorch", "coreml", "torch-export"]
-ALL = [*QUICK, pytest.param("aotinductor", marks=needs_compiler)]
+ALL = [*QUICK, pytest.param("aotinductor", marks=[needs_compiler, pytest.mark.slow])]
 EXPECTED = {  # convolutions and matrix products under the target's own names
     "onnx": {"Conv": 2, "Gemm": 1},
     "openvino": {"Convolution": 1, "GroupConvolution": 1, "MatMul": 1},
