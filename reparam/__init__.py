@@ -8,6 +8,7 @@ from reparam.compiler import compile, explain
 from reparam.decisions import Decisions
 from reparam.errors import ReparamError, VerificationError
 from reparam.expand import expand
+from reparam.export import Exported, ImageInput, export
 from reparam.report import Comparison, Counts, Remark, Report
 from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule
 from reparam.storage import load, save
@@ -21,7 +22,9 @@ __all__ = [
     "Comparison",
     "Counts",
     "Decisions",
+    "Exported",
     "Graph",
+    "ImageInput",
     "Missed",
     "Remark",
     "ReparamError",
@@ -34,6 +37,7 @@ __all__ = [
     "errors",
     "expand",
     "explain",
+    "export",
     "lift",
     "load",
     "passes",

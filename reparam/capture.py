@@ -159,7 +159,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     try:
-        for module in plain:
+        for module in reversed(plain):  # a graph module copies itself, with layers that must be complete by then
             # What ``module.compile()`` keeps would run the module itself.
             attributes = {k: v for k, v in module.__dict__.items() if k != "_compiled_call_impl"}
             copied = {k: v if type(v) in ATOMS else _copied(v, memo) for k, v in attributes.items()}

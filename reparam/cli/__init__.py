@@ -1,4 +1,4 @@
-"""The ``reparam`` command: fuse a checkpoint, explain or report what would be fused, verify two files, list models.
+"""The ``reparam`` command: fuse a checkpoint, export, explain, report and verify it, list known models.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 outputs disagree, 2 bad usage or input,
 3 internal error, 130 interrupted, 143 terminated. Every command has a module of its own; PyTorch takes two seconds to
@@ -10,12 +10,14 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from reparam.cli import bench, explain, fuse, models, report, verify
+from reparam.cli import bench, explain, export, fuse, models, report, verify
 from reparam.cli.shell import app, register
 
-__all__ = ["app", "bench", "explain", "fuse", "main", "models", "report", "verify"]
+__all__ = ["app", "bench", "explain", "export", "fuse", "main", "models", "report", "verify"]
 
-for function in (fuse.fuse, explain.explain, report.report, verify.verify, bench.bench, models.models):
+for function in (
+    fuse.fuse, export.export, explain.explain, report.report, verify.verify, bench.bench, models.models,
+):  # fmt: skip
     register(function)
 
 

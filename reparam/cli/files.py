@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from reparam.cli.shell import shape_text
+from reparam.cli.shell import Bar, shape_text
 from reparam.errors import ReparamError, VerificationError
 
 if TYPE_CHECKING:
@@ -80,15 +81,68 @@ def _open(path: Path, how: Reading) -> Network:
     from reparam import storage
     from reparam.checkpoint import Network
 
-    if path.suffix == ".onnx":
-        from reparam.export import OnnxModel
-
-        session = OnnxModel(path)
-        return Network(session, path.name, session.input_shape)
+    exported = _open_exported(path, how)
+    if exported is not None:
+        return Network(exported, path.name, getattr(exported, "input_shape", None))
     metadata = deploy_metadata(path, how)
     if metadata is not None:
         return Network(storage.load(path), path.name, tuple(metadata.get("input_shape") or ()) or None)
     return resolve(read(path, how), how)
+
+
+def _open_exported(path: Path, how: Reading) -> nn.Module | None:
+    """A file that was written for a runtime, as a model; None for checkpoints and for what ``torch.export`` saved."""
+    from reparam.errors import CheckpointError
+    from reparam.export import is_target, target_of
+
+    if not is_target(path) or (path.suffix == ".pt2" and not _is_machine_code(path)):
+        return None
+    target = target_of(path, "aotinductor" if path.suffix == ".pt2" else None)
+    if target.runs_code and not how.unsafe:
+        raise CheckpointError(f"{path}: holds machine code; pass --unsafe-load only if you trust the source")
+    target.require()
+    return target.load(path)
+
+
+def _is_machine_code(path: Path) -> bool:
+    """Whether a ``.pt2`` file is AOTInductor's, which ends like those of ``torch.export``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/data/aotinductor/" in f"/{name}" for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False  # which reading it as a checkpoint will say better
+
+
+def compiled(path: Path, network: Network, inputs: Any, progress: Bar, **options: Any) -> nn.Module:
+    """The deploy model of a network; what goes wrong says which file it was."""
+    import reparam
+    from reparam.errors import CaptureError
+
+    try:
+        return reparam.compile(network.model, inputs, progress=progress, **options)
+    except VerificationError as error:
+        raise VerificationError(f"{path}: {error}; nothing was written", error.comparison) from error
+    except CaptureError as error:
+        raise CaptureError(f"{path}: {error}") from error
+
+
+def example_of(network: Network, how: Reading) -> Any:
+    """Inputs to export a network with: one random tensor, or the tuple that a program was exported with.
+
+    Raises:
+        ReparamError: No shape is known, or the program takes keyword arguments.
+    """
+    from torch.export import ExportedProgram
+
+    inputs = inputs_of(network, how)
+    if inputs is None and isinstance(network.model, ExportedProgram) and network.model.example_inputs:
+        args, kwargs = network.model.example_inputs
+        if kwargs:
+            raise ReparamError(f"{network.name}: was exported with keyword arguments, which no other format knows")
+        return tuple(args)
+    if inputs is None:
+        ask_for_shape(network.name, "export")
+    return inputs
 
 
 def _as_deploy_form(path: Path, other: Network, how: Reading, failure: ReparamError) -> Network:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.filesize import decimal
 
-from reparam.cli.files import Reading, about_input, ask_for_shape, inputs_of, parse_shape, read, resolve
+from reparam.cli.export import (
+    TARGET_SUFFIXES,
+    check_output,
+    ends_like_a_target,
+    exported_dict,
+    print_exported,
+)
+from reparam.cli.files import (
+    Reading,
+    about_input,
+    ask_for_shape,
+    compiled,
+    example_of,
+    inputs_of,
+    parse_shape,
+    read,
+    resolve,
+)
 from reparam.cli.onnx_graph import fuse_graph, is_onnx
 from reparam.cli.shell import (
     Bar,
@@ -25,14 +41,16 @@ from reparam.cli.shell import (
     print_json,
     stdout,
 )
-from reparam.errors import CaptureError, ReparamError, VerificationError
+from reparam.errors import ReparamError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from reparam.checkpoint import Network
     from reparam.export import Exported
     from reparam.report import Report
+
+DEPLOY_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def fuse(
@@ -41,7 +59,11 @@ def fuse(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help=".pth, .safetensors or .onnx. [default: NAME_deploy.pth beside the input]"),
+        typer.Option(
+            "-o",
+            "--output",
+            help=".pth, .safetensors, or a runtime's. [default: NAME_deploy.pth beside the input]",
+        ),
     ] = None,
     model: Model = None,
     input_size: InputSize = None,
@@ -72,61 +94,47 @@ def fuse(
     if is_onnx(checkpoint):
         if optimize == "latency":
             raise ReparamError(f"{checkpoint}: --optimize latency times PyTorch; leave it out for an ONNX graph")
-        options: dict[str, bool] = {"freeze": freeze_inputs, "verify": not no_verify}
-        return fuse_graph(checkpoint, output, how, as_json=as_json, quiet=quiet, **options)
+        return fuse_graph(
+            checkpoint, output, how, freeze=freeze_inputs, verify=not no_verify, as_json=as_json, quiet=quiet
+        )
     output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
-    if output.suffix not in (".pth", ".pt", ".safetensors", ".onnx"):
-        raise ReparamError(f"{output}: the output must end in .pth, .pt, .safetensors or .onnx")
+    if output.suffix not in DEPLOY_SUFFIXES and not ends_like_a_target(output):
+        raise ReparamError(f"{output}: the output must end in {', '.join((*DEPLOY_SUFFIXES, *TARGET_SUFFIXES))}")
     with Bar(quiet) as bar:
-        import reparam
-        from reparam.storage import check_destination
-
         source = read(checkpoint, how)
-        check_destination(output, never=(checkpoint,))
+        check_output(output, checkpoint)
         if decisions is not None:
-            check_destination(decisions, never=(checkpoint,))
+            check_output(decisions, checkpoint)
             if decisions.resolve() == output.resolve():
                 raise ReparamError(f"{output}: is named for the output and for the decisions; choose another name")
         network = resolve(source, how)
-        inputs = inputs_of(network, how)
-        if output.suffix == ".onnx" and inputs is None:
-            ask_for_shape(network.name, "export")
+        inputs = example_of(network, how) if ends_like_a_target(output) else inputs_of(network, how)
         if optimize == "latency" and inputs is None:
             ask_for_shape(network.name, "time")
-        try:
-            deploy = reparam.compile(
-                network.model, inputs, optimize=optimize, decisions=decisions, verify=not no_verify, progress=bar
-            )
-        except VerificationError as error:
-            raise VerificationError(f"{checkpoint}: {error}; nothing was written", error.comparison) from error
-        except CaptureError as error:
-            raise CaptureError(f"{checkpoint}: {error}") from error
+        deploy = compiled(
+            checkpoint, network, inputs, bar, verify=not no_verify, optimize=optimize, decisions=decisions
+        )
         bar(None, None, f"writing {output.name}")
-        exported = _write(deploy, network, output, inputs)
+        exported = _write(deploy, network, output, inputs, bar)
     report = cast("Report", deploy.report)
     if as_json:
         about = {**about_input(checkpoint, source, network), "output": str(output)}
-        onnx = {} if exported is None else {"onnx": _onnx_dict(exported)}
-        print_json(about | onnx | {"report": report.to_dict()})
+        export = {} if exported is None else {"export": exported_dict(exported)}
+        print_json(about | export | {"report": report.to_dict()})
     elif not quiet:
         _print_fused(checkpoint, network, output, report, exported)
     return None
 
 
-def _write(deploy: nn.Module, network: Network, output: Path, inputs: Tensor | None) -> Exported | None:
-    if output.suffix == ".onnx":
-        from reparam.export import export_onnx
+def _write(deploy: nn.Module, network: Network, output: Path, inputs: Any, bar: Bar) -> Exported | None:
+    if ends_like_a_target(output):
+        from reparam.export import export
 
-        assert inputs is not None
-        return export_onnx(deploy, output, inputs)
+        return export(deploy, output, inputs, progress=bar)
     from reparam.storage import save
 
     save(deploy, output, metadata={"model": network.name, "input_shape": network.input_shape})
     return None
-
-
-def _onnx_dict(exported: Exported) -> dict[str, Any]:
-    return {key: value for key, value in asdict(exported).items() if key != "path"}
 
 
 def _print_fused(path: Path, network: Network, output: Path, report: Report, exported: Exported | None) -> None:
@@ -138,8 +146,6 @@ def _print_fused(path: Path, network: Network, output: Path, report: Report, exp
         if remark.kind == "timed":
             print(f"timed: {remark.where or 'the model'}: {remark.message}")
     if exported is not None:
-        print(f"PyTorch and onnxruntime: {exported.comparison}")
-    kind = f"opset {exported.opset}, {exported.nodes} operators, " if exported else ""
-    if exported and not exported.dynamic_batch:
-        kind += "batches of one only, "
-    print(f"{output}: {kind}{decimal(output.stat().st_size)}")
+        print_exported(exported)
+    else:
+        print(f"{output}: {decimal(output.stat().st_size)}")

@@ -24,9 +24,11 @@ from reparam.cli.shell import (
 )
 from reparam.errors import ReparamError, VerificationError
 
+_FLAT = (".onnx", ".xml", ".pte")  # whose runtimes return plain lists, whatever the model returned
+
 
 def verify(
-    first: Annotated[Path, typer.Argument(metavar="A", help="The reference: a checkpoint, deploy file or .onnx.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="The reference: a checkpoint, deploy or exported file.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="What must compute the same.")],
     model: Model = None,
     input_size: InputSize = None,
@@ -45,15 +47,14 @@ def verify(
     """
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
+        from reparam.export import Flat
         from reparam.verify import compare, run
 
         sides = open_both((first, second), how)
         bar(None, None, "comparing")
         call = shared_call((first, second), sides, how)
         reference, other = (runnable(side.model) for side in sides)
-        if ".onnx" in (first.suffix, second.suffix):
-            from reparam.export import Flat
-
+        if any(path.suffix in _FLAT for path in (first, second)):
             reference, other, tolerance = Flat(reference), Flat(other), tolerance or 1e-4
         try:
             comparison, agree = compare(run(reference, *call), run(other, *call), tolerance), True

@@ -55,6 +55,13 @@ def test_the_copy_is_in_eval_mode_and_shares_memory() -> None:
     assert not copy[0].weight.requires_grad
 
 
+def test_graph_modules_inside_of_others_are_copied() -> None:
+    """They copy themselves, and read their layers while they do."""
+    inner = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU()))
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(private_copy(nn.Sequential(nn.Identity(), inner))(x), inner(x))
+
+
 def test_ties_survive_the_copy() -> None:
     model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     model[1].weight = model[0].weight

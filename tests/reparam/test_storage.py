@@ -722,6 +722,63 @@ def test_atomic_write_reports_a_full_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def write_two(target: Path, error: type[BaseException] | None = None) -> None:
+    with storage.atomic_writes(target, companions=(".bin",)) as fresh:
+        fresh.write_text("new graph")
+        fresh.with_suffix(".bin").write_text("new weights")
+        fresh.chmod(0o600)
+        assert fresh.name == target.name
+        if error is not None:
+            raise error
+
+
+def test_several_files_are_replaced_together(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_text("old")
+    (tmp_path / "plain").touch()
+    write_two(tmp_path / "a.xml")
+    assert (tmp_path / "a.xml").read_text() == "new graph"
+    assert (tmp_path / "a.bin").read_text() == "new weights"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.xml", "a.bin", "plain"}
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_several_files_stay_on_any_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    for name in ("a.xml", "a.bin"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(error):
+        write_two(tmp_path / "a.xml", error)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.xml": "old", "a.bin": "old"}
+
+
+def test_several_files_stay_when_one_cannot_be_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.xml", "a.bin"):
+        (tmp_path / name).write_text("old")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "a.xml" and self.parent.name == "fresh":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ExportError, match=r"a\.xml: cannot be written: No space left"):
+        write_two(tmp_path / "a.xml")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.xml": "old", "a.bin": "old"}
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with storage.atomic_writes(tmp_path / "a.mlpackage") as fresh:
+            (fresh / content).mkdir(parents=True)
+            (fresh / content / "weights").write_text(content)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "a.mlpackage",
+        "a.mlpackage/new",
+        "a.mlpackage/new/weights",
+    ]
+
+
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_a_deploy_file_has_ordinary_permissions(tmp_path: Path, extension: str) -> None:
     (tmp_path / "plain").touch()
