@@ -48,10 +48,11 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)  ## Build the documentation as a site, into build/site; a broken link is an error
 	$(BIN)/python -m mkdocs build --quiet --strict
 
-bench: $(INSTALLED)  ## Measure compile time, coverage and latency (a quarter of an hour)
+bench: $(INSTALLED)  ## Measure compile time, memory, coverage and deploy graphs (an hour)
 	$(BIN)/python benchmarks/compile_time.py --check
 	$(BIN)/python benchmarks/coverage.py
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/memory.py --check
+	$(BIN)/python benchmarks/deploy.py --check
 
 clean:  ## Remove what builds, tests and the demo wrote; keep .venv
 	rm -rf build dist demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

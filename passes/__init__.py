@@ -12,6 +12,7 @@ from reparam.passes.norm_before import NormBeforeLinear
 from reparam.passes.padding import CropAfterConv, PadBeforeConv
 from reparam.passes.parallel import ParallelBranches
 from reparam.passes.sequence import ConvAfterConv
+from reparam.passes.siblings import SiblingConvolutions
 from reparam.rewrite import Rule
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ParallelBranches",
     "RemoveNoOp",
     "RemoveViewsUndone",
+    "SiblingConvolutions",
     "default",
 ]
 
@@ -44,4 +46,5 @@ def default() -> Sequence[Rule]:
         CropAfterConv(),
         ConvAfterConv(),
         ConcatenatedBranches(),
+        SiblingConvolutions(),
     )

@@ -42,7 +42,7 @@ class Compose(Rule):
         if obstacle is not None:
             return Missed(obstacle)
         try:
-            obstacle = self.too_costly(outer, inner, graph.kernels(node) + graph.kernels(source))
+            obstacle = self.too_costly(node, graph, outer, inner)
             if obstacle is not None:
                 return Missed(obstacle)
             fused = compose(outer, inner)
@@ -53,6 +53,6 @@ class Compose(Rule):
         value = Apply(fused, graph.source(source), ((1.0, node),))
         return Rewrite(((node, value),), f"folded {describe(node)} into {describe(source)}")
 
-    def too_costly(self, outer: Operator, inner: Operator, kernels: int) -> str | None:
-        """Why one operator would not be faster than the two, which launch ``kernels`` kernels; None when it would."""
+    def too_costly(self, node: Node, graph: Graph, outer: Operator, inner: Operator) -> str | None:
+        """Why one operator would not be faster than the two, the outer one at ``node``; None when it would."""
         return None

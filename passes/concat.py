@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam import cost, views
+from reparam import views
 from reparam.algebra import Conv, concatenate
+from reparam.cost import Choice
 from reparam.errors import AlgebraError
 from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
 
@@ -31,8 +32,9 @@ class ConcatenatedBranches(Rule):
             return Missed("the input of the branches may be changed in place between them")
         try:
             merged = concatenate(convs, outline=True)
-            apart = float(sum(conv.multiply_adds for conv in convs))
-            obstacle = cost.too_costly(merged, apart, sum(map(graph.kernels, parts)) + 1)
+            kernels = sum(map(graph.kernels, parts)) + 1
+            choice = Choice(merged, tuple((conv,) for conv in convs), kernels, "concatenation", graph.shape(source))
+            obstacle = graph.cost.too_costly(choice, graph.path(node))
             if obstacle is not None:
                 return Missed(f"the concatenated branches stay apart: {obstacle}")
             merged = concatenate(convs)

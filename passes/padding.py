@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch.fx import Node
+
 from reparam.algebra import AveragePool, Conv, Operator, Pad, compose
 from reparam.emit import kernels_of
 from reparam.passes.compose import Compose
+from reparam.rewrite import Graph
 
 
 class PadBeforeConv(Compose):
@@ -26,7 +29,8 @@ class CropAfterConv(Compose):
     inner = (Conv,)
     explains = False
 
-    def too_costly(self, outer: Operator, inner: Operator, kernels: int) -> str | None:
+    def too_costly(self, node: Node, graph: Graph, outer: Operator, inner: Operator) -> str | None:
         """A crop is a view, which costs less than a padding of its own."""
+        kernels = graph.kernels(node) + graph.kernels(graph.source(node))
         fused = compose(outer, inner)
         return "the convolution would need a padding of its own" if kernels_of(fused) >= kernels else None

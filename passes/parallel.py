@@ -8,8 +8,8 @@ from functools import reduce
 
 from torch.fx import Node
 
-from reparam import cost
 from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
+from reparam.cost import Choice
 from reparam.errors import AlgebraError
 from reparam.lift import Sum
 from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule, describe
@@ -203,5 +203,6 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
     except AlgebraError as reason:
         return str(reason)
     kernels = sum(graph.kernels(link) for term in cluster for link in term.chain) + len(cluster) - 1
-    apart = sum(cost.chain([_operator(link, graph) for link in term.chain], merged) for term in cluster)
-    return cost.too_costly(merged, apart, kernels)
+    branches = tuple(tuple(_operator(link, graph) for link in term.chain) for term in cluster)
+    choice = Choice(merged, branches, kernels, shape=graph.shape(cluster[0].source))
+    return graph.cost.too_costly(choice, graph.path(node))

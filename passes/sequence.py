@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from reparam import cost
+from torch.fx import Node
+
 from reparam.algebra import AnyConv, AveragePool, Operator, compose
+from reparam.cost import Choice
 from reparam.passes.compose import Compose
+from reparam.rewrite import Graph
 
 
 class ConvAfterConv(Compose):
@@ -19,9 +22,12 @@ class ConvAfterConv(Compose):
     inner = (AnyConv, AveragePool)
     explains = False
 
-    def too_costly(self, outer: Operator, inner: Operator, kernels: int) -> str | None:
-        """The multiply-adds of the one kernel against those of the two."""
+    def too_costly(self, node: Node, graph: Graph, outer: Operator, inner: Operator) -> str | None:
+        """What the one kernel costs against the two."""
         if isinstance(outer, AveragePool) and isinstance(inner, AveragePool):
             return "two pools in a row"
+        source = graph.source(node)
+        kernels = graph.kernels(node) + graph.kernels(source)
         merged = compose(outer, inner, outline=True)
-        return cost.too_costly(merged, cost.chain((outer, inner), merged), kernels)
+        choice = Choice(merged, ((outer, inner),), kernels, shape=graph.shape(graph.source(source)))
+        return graph.cost.too_costly(choice, graph.path(node))

@@ -5,6 +5,7 @@
 
 from reparam import algebra, errors, lift, passes
 from reparam.compiler import compile, explain
+from reparam.decisions import Decisions
 from reparam.errors import ReparamError, VerificationError
 from reparam.expand import expand
 from reparam.export import Exported, ImageInput, export
@@ -20,6 +21,7 @@ __all__ = [
     "Apply",
     "Comparison",
     "Counts",
+    "Decisions",
     "Exported",
     "Graph",
     "ImageInput",

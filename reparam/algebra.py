@@ -488,7 +488,8 @@ class Conv(Weighted):
         )
         if self.pads and self.padding_mode != ZEROS and padding != self.padding:
             raise AlgebraError(f"a crop of a {self.padding_mode}-padded output")
-        return replace(self, padding=padding)
+        # The terms of a sum lie where their own padding puts them.
+        return replace(self._summed() if self.terms else self, padding=padding)
 
     def _after_affine(self, norm: ChannelAffine) -> Conv:
         """``W*(sx + t) + b = (Ws)*x + (b + W·t)``, exact when t = 0 or nothing reads zeros that were padded.
@@ -515,7 +516,8 @@ class Conv(Weighted):
             # Padding would stand where the input had values.
             raise AlgebraError("the padding covers what was cropped")
         padding = tuple((o[0] + i[0], o[1] + i[1]) for o, i in zip(self.padding, amounts, strict=True))
-        return replace(self, padding=padding, padding_mode=pad.mode if pad.pads else self.padding_mode)
+        whole = self._summed() if self.terms else self
+        return replace(whole, padding=padding, padding_mode=pad.mode if pad.pads else self.padding_mode)
 
     def _last_axes(self, pad: Pad) -> Padding:
         """The amounts of a padding for the axes of this convolution."""

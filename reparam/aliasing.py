@@ -36,7 +36,7 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
     """Replace in-place operations by their twins, and freeze what cannot be.
 
     A frozen node has ``meta["frozen"]``: it is not lifted. A node that was in place and no longer is has
-    ``meta["in_place"]``, so that it may be made so again when the graph is final.
+    ``meta["in_place"]``, what it called, so that it may be made so again when the graph is final.
 
     Args:
         graph: A traced graph, changed here.
@@ -66,8 +66,9 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
                 for reader in other.users
                 if reader in live and order[reader] > order[node]
             ]
+            target = node.target
             if not later and not _converts(node) and _take_out_of_place(node, modules):
-                node.meta["in_place"] = True
+                node.meta["in_place"] = target
                 settled.add(node)
                 for other in same:
                     for reader in [reader for reader in other.users if order[reader] > order[node]]:
@@ -296,7 +297,7 @@ def _returns_argument(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def restore_in_place(graph: Graph, modules: Mapping[str, Any]) -> None:
-    """Make layers that were in place so again where their input is new memory that nobody else reads.
+    """Make what was in place so again where its input is new memory that nobody else reads.
 
     Args:
         graph: The final graph.
@@ -306,9 +307,15 @@ def restore_in_place(graph: Graph, modules: Mapping[str, Any]) -> None:
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
+        elif "in_place" in node.meta and _is_private(_first(node), modules):
+            node.target = node.meta["in_place"]
     for path, nodes in calls.items():
         if all("in_place" in node.meta and _is_private(node.args[0], modules) for node in nodes):
             modules[path].inplace = True
+
+
+def _first(node: Node) -> Any:
+    return node.args[0] if node.args else None
 
 
 def _is_private(value: Any, modules: Mapping[str, Any]) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -17,55 +18,17 @@ from reparam import aliasing, emit, facts, inside, measure, mentions, views
 from reparam import capture as capturing
 from reparam import probe as probing
 from reparam import rewrite as rewriting
-from reparam import verify as verifying
 from reparam.algebra import AnyConv
+from reparam.compiled import CompiledModel as CompiledModel
+from reparam.cost import Cost
+from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
+from reparam.verify import TOLERANCES, LargestMagnitude, as_call, compare, doubled, run
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class CompiledModel(torch.fx.GraphModule):
-    """A deploy graph: plain layers under the paths of the modules that they replaced.
-
-    Attributes:
-        report: What the compiler did.
-    """
-
-    @property
-    def report(self) -> Report:
-        """What the compiler did."""
-        report: Report = self.meta["reparam"]
-        return report
-
-    def __getattr__(self, name: str) -> Any:
-        # Plain data of the module that this one took the place of, for parents that read it.
-        kept = self.__dict__.get("meta", {}).get("attributes", {})
-        return kept[name] if name in kept else super().__getattr__(name)
-
-    def __copy__(self) -> CompiledModel:
-        return self._like(CompiledModel(self, self.graph, type(self).__name__), self.__dict__)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        restore, arguments = super().__reduce__()
-        return _restore, (restore, arguments)
-
-    @staticmethod
-    def _like(twin: CompiledModel, attributes: Mapping[str, Any]) -> CompiledModel:
-        """Give a graph module of the same layers the rest of what a compiled model has."""
-        twin.meta = attributes["meta"]
-        capturing.move_hooks(attributes, twin)
-        for module in twin.modules():
-            module.training = False
-        return twin
-
-
-def _restore(restore: Callable[..., torch.fx.GraphModule], arguments: tuple[Any, ...]) -> CompiledModel:
-    """A compiled model from its pickle: torch's own restoring gives a plain graph module."""
-    plain = restore(*arguments)
-    return CompiledModel._like(CompiledModel(plain, plain.graph, plain._get_name()), arguments[0])
 
 
 @contextmanager
@@ -87,6 +50,7 @@ def compile(
     *,
     passes: Sequence[Rule] | None = None,
     optimize: str = "size",
+    decisions: str | Path | Mapping[str, Any] | None = None,
     verify: bool = True,
     trainable: bool = False,
     progress: Progress | None = None,
@@ -101,7 +65,13 @@ def compile(
             on. The result is not tied to their sizes, unless the report says so: where Python decides by sizes that
             are no batch size, and only ``torch.export`` can read it.
         passes: Rules to apply; :func:`reparam.passes.default` when left out.
-        optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more.
+        optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more. ``latency``: what
+            that leaves in doubt, and the layout in memory, is timed on this machine with ``example_inputs``, and the
+            result is returned only if it is faster than that of ``size`` beyond doubt (:mod:`reparam.latency`). Its
+            outputs may lie in memory differently (channels last), with the same values.
+        decisions: For ``latency``: decisions to replay instead of timing. A path is read if there is such a file, and
+            written with what was added; :class:`reparam.Decisions` are added to; a mapping, which
+            :meth:`reparam.Decisions.to_dict` made, is only read.
         verify: Certify every rewrite in float64 as it happens, and compare the whole model on ``example_inputs`` (or,
             without them, on inputs guessed from the first layer, where that works).
         trainable: Leave the weights trainable, for fine-tuning the deploy graph. Frozen otherwise.
@@ -113,50 +83,139 @@ def compile(
     Raises:
         CaptureError: The model cannot be copied, or has parameters without values.
         VerificationError: The result would not compute what the model computes. Nothing is returned then.
-        ReparamError: ``optimize`` or ``passes`` is not what it should be.
+        ReparamError: ``optimize``, ``passes`` or ``decisions`` is not what it should be, or there is nothing to time
+            with ``latency``.
     """
-    rules = _checked_rules(passes)
-    if optimize != "size":
-        raise ReparamError(f"optimize={optimize!r} is not known; use 'size'")
-    if isinstance(model, torch.export.ExportedProgram):
-        return _compile(*_read(model, example_inputs, verify), _Options(rules, verify, progress), trainable)
-    if not isinstance(model, nn.Module):
+    options = _Options(_checked_rules(passes), verify, progress)
+    if optimize not in ("size", "latency"):
+        raise ReparamError(f"optimize={optimize!r} is not known; use 'size' or 'latency'")
+    if optimize == "size" and decisions is not None:
+        raise ReparamError("decisions are about what is timed; they need optimize='latency'")
+    if not isinstance(model, nn.Module | torch.export.ExportedProgram):
         raise ReparamError(
             f"compile takes an nn.Module, not {type(model).__name__}; load a checkpoint into its model first"
         )
-    call = None if example_inputs is None else verifying.as_call(example_inputs)
-    captured = capturing.capture(model, call)
-    reference = _Reference(model, captured, call, verify)
-    if not captured.traced and call is not None:
-        captured, reference = _exported(model, captured, reference, call)
-    return _compile(model, captured, reference, _Options(rules, verify, progress), trainable)
+
+    def build(options: _Options) -> _Built:
+        return _build(model, example_inputs, options, trainable)
+
+    if optimize == "size":
+        return build(options).reported()
+    return _compile_for_latency(build, options, decisions).reported()
 
 
-def _compile(
-    model: nn.Module, captured: capturing.Capture, reference: _Reference, options: _Options, trainable: bool
-) -> nn.Module:
-    """Everything after capture."""
-    name = type(capturing.unwrapped(model)).__name__
+@dataclass
+class _Built:
+    """A model, what it was compiled to, and what is known of both.
+
+    Attributes:
+        model: What was compiled.
+        captured: Its graph, by now rewritten.
+        reference: What it returns.
+        result: What it was compiled to.
+        work: What was done.
+    """
+
+    model: nn.Module
+    captured: capturing.Capture
+    reference: _Reference
+    result: nn.Module
+    work: _Work
+
+    def reported(self) -> nn.Module:
+        """The result, compared with the model, and with a report."""
+        reference, work, result = self.reference, self.work, self.result
+        comparison = reference.compare(result)
+        report = Report(
+            measure.counts(work.before, measure.parameters_of(self.model), reference.multiply_adds),
+            measure.counts(work.after, measure.parameters_of(result), reference.multiply_adds_of(result)),
+            (*self.captured.remarks, *reference.remarks, *work.remarks),
+            work.certificates,
+            work.largest_error,
+            comparison,
+        )
+        if isinstance(result, CompiledModel):
+            result.meta["reparam"] = report
+        else:
+            object.__setattr__(result, "report", report)
+        return result
+
+
+def _build(
+    model: nn.Module | torch.export.ExportedProgram, example_inputs: Any, options: _Options, trainable: bool
+) -> _Built:
+    """Capture a model and compile it."""
+    if isinstance(model, torch.export.ExportedProgram):
+        model, captured, reference = _read(model, example_inputs, options.verify)
+    else:
+        call = None if example_inputs is None else as_call(example_inputs)
+        captured = capturing.capture(model, call)
+        reference = _Reference(model, captured, call, options.verify)
+        if not captured.traced and call is not None:
+            captured, reference = _exported(model, captured, reference, call)
     result: nn.Module
     if captured.traced:
-        result, work = _compile_graph(captured, reference, options, name)
+        result, work = _compile_graph(captured, reference, options, type(capturing.unwrapped(model)).__name__)
     else:
         result, work = _compile_inside(captured, reference, options)
     _finish(result, captured.storages, trainable)
-    comparison = reference.compare(result)
-    report = Report(
-        measure.counts(work.before, measure.parameters_of(model), reference.multiply_adds),
-        measure.counts(work.after, measure.parameters_of(result), reference.multiply_adds_of(result)),
-        (*captured.remarks, *reference.remarks, *work.remarks),
-        work.certificates,
-        work.largest_error,
-        comparison,
+    return _Built(model, captured, reference, result, work)
+
+
+def _compile_for_latency(
+    build: Callable[[_Options], _Built], options: _Options, decisions: str | Path | Mapping[str, Any] | None
+) -> _Built:
+    """The graph of ``optimize="size"``, or, where it is faster, one whose doubtful rewrites and layout were timed."""
+    from reparam import latency
+
+    known, path = _decisions(decisions)
+    smallest = build(options)
+    reference = smallest.reference
+    if not reference.given or reference.call is None:
+        raise ReparamError("optimize='latency' times the model on example_inputs; pass some")
+    judge = latency.Judge(known)
+    if options.progress is not None:
+        tell = options.progress
+        judge.progress = lambda label: tell(1, 1, f"timing {label or 'the model'}")
+    race = latency.Race(judge, reference.call)
+    variant, fastest = race.variant(smallest.result)
+    cost = latency.Measured(
+        judge, variant, latency.dtype_of(smallest.result), latency.device_of(smallest.result), race.remarks
     )
-    if isinstance(result, CompiledModel):
-        result.meta["reparam"] = report
+    measured = build(replace(options, cost=cost))
+    chosen = smallest
+    if latency.fingerprint(measured.result) != latency.fingerprint(smallest.result):
+        name = latency.fingerprint(measured.result)
+        chosen, fastest = measured, race.run_as(variant, measured.result) or measured.result
     else:
-        object.__setattr__(result, "report", report)
-    return result
+        name = latency.fingerprint(smallest.result)
+    if fastest is not smallest.result:
+        best = race.final(smallest.result, fastest, f"{name} as {variant}")
+        chosen = smallest if best is smallest.result else replace(chosen, result=best)
+    if path is not None:
+        known.write(path)
+    if isinstance(chosen.result, CompiledModel):
+        chosen.work.after = measure.kinds_of_graph(chosen.result.graph, dict(chosen.result.named_modules()))
+    chosen.work.remarks += race.remarks
+    return chosen
+
+
+def _decisions(given: str | Path | Mapping[str, Any] | None) -> tuple[Decisions, Path | None]:
+    """Decisions, and where to write them."""
+    from reparam.storage import check_destination
+
+    match given:
+        case None:
+            return Decisions(), None
+        case Decisions():
+            return given, None
+        case str() | Path():
+            path = Path(given)
+            check_destination(path)
+            return Decisions.read(path) if path.exists() else Decisions(), path
+        case Mapping():
+            return Decisions.from_dict(given), None
+    raise ReparamError(f"decisions are a path, reparam.Decisions or a mapping, not {type(given).__name__}")
 
 
 def _read(
@@ -166,7 +225,7 @@ def _read(
     from reparam import exported
 
     model, captured, call = exported.read(program)
-    call = call if example_inputs is None else verifying.as_call(example_inputs)
+    call = call if example_inputs is None else as_call(example_inputs)
     reference = _Reference(model, captured, call, verify)
     if not captured.traced:
         raise CaptureError(f"the exported program cannot be read: {captured.remarks[-1].message}")
@@ -200,6 +259,7 @@ class _Options:
     rules: Sequence[Rule]
     verify: bool
     progress: Progress | None
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass
@@ -235,7 +295,7 @@ def _compile_graph(
     parts = _compile_children(opaque, captured, reference, options)
     aliasing.make_out_of_place(captured.graph, modules)
     views.settle(captured.graph.nodes, modules)
-    graph = Graph(captured.graph, modules)
+    graph = Graph(captured.graph, modules, options.cost)
     before = measure.kinds_of_graph(graph.fx, modules, parts.replaced)
     outcome = rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)
     used = emit.emit(graph, *_dtypes(modules))
@@ -404,8 +464,8 @@ class _Reference:
         model = capturing.in_eval_mode(model)
         try:
             with capturing.unchanged(model, writes=self.writes):
-                self.expected = verifying.run(model, args, kwargs)
-                again = verifying.run(model, args, kwargs)
+                self.expected = run(model, args, kwargs)
+                again = run(model, args, kwargs)
         except Exception as error:
             if self.given:
                 raise ReparamError(f"the model does not run on the example inputs: {error}") from error
@@ -415,7 +475,7 @@ class _Reference:
             with capturing.unchanged(model, writes=self.writes):
                 self.multiply_adds = measure.multiply_adds_of(_Frozen(model), args, kwargs)
         try:
-            verifying.compare(self.expected, again)
+            compare(self.expected, again)
         except VerificationError:
             self.remarks.append(Remark("capture", "Verify", "", "its outputs differ from run to run; not compared"))
             self.verify = False
@@ -431,7 +491,7 @@ class _Reference:
             with capturing.unchanged(captured.root, writes=self.writes):
                 actual = interpreter.run(*interpreter.arguments(self.call, names))
             if self.verify:
-                verifying.compare(self.expected, actual)
+                compare(self.expected, actual)
         except Exception as error:
             captured.traced = False
             reason = f"the traced graph does not compute what the model computes, kept as Python: {error}"
@@ -442,9 +502,9 @@ class _Reference:
         if self.call is None or not self.verify:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
-            actual = verifying.run(compiled, *self.call)
+            actual = run(compiled, *self.call)
         try:
-            return verifying.compare(self.expected, actual)
+            return compare(self.expected, actual)
         except VerificationError as error:
             comparison = self._compare_in_double(compiled, actual) or self._compare_beside_terms(actual)
             if comparison is None:
@@ -456,11 +516,11 @@ class _Reference:
     def _compare_beside_terms(self, actual: Any) -> Comparison | None:
         """The comparison where terms may cancel, so that little but rounding is left; None when there is an error."""
         assert self.call is not None
-        model, largest = capturing.in_eval_mode(self.model), verifying.LargestMagnitude()
+        model, largest = capturing.in_eval_mode(self.model), LargestMagnitude()
         with capturing.unchanged(model, writes=self.writes), largest:
-            verifying.run(model, *self.call)
+            run(model, *self.call)
         try:
-            return verifying.compare(self.expected, actual, scale=largest.value)
+            return compare(self.expected, actual, scale=largest.value)
         except VerificationError:
             return None
 
@@ -473,14 +533,14 @@ class _Reference:
         assert self.call is not None
         args, kwargs = _double(self.call)
         try:
-            exact = verifying.run(capturing.private_copy(self.model).double(), args, kwargs)
-            result = verifying.run(capturing.private_copy(compiled).double(), args, kwargs)
-            tolerance = max(verifying.TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
+            exact = run(capturing.private_copy(self.model).double(), args, kwargs)
+            result = run(capturing.private_copy(compiled).double(), args, kwargs)
+            tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
             anything = float("inf")
-            rounding = verifying.compare(exact, _double(self.expected), anything).largest_error
-            if verifying.compare(exact, _double(actual), anything).largest_error <= _ROUNDINGS * rounding <= 1.0:
+            rounding = compare(exact, _double(self.expected), anything).largest_error
+            if compare(exact, _double(actual), anything).largest_error <= _ROUNDINGS * rounding <= 1.0:
                 tolerance = max(tolerance, _ROUNDINGS * rounding)
-            return verifying.compare(exact, result, tolerance)
+            return compare(exact, result, tolerance)
         except (ReparamError, RuntimeError, TypeError, ValueError):
             return None
 
@@ -497,7 +557,7 @@ _ROUNDINGS = 4.0
 
 
 def _double(value: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, verifying.doubled, value)
+    return torch.utils._pytree.tree_map_only(Tensor, doubled, value)
 
 
 def _tensors_of(value: Any) -> list[Tensor]:
@@ -513,7 +573,7 @@ class _Frozen(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
-        return verifying.run(self.model, args, kwargs)  # type: ignore[arg-type]
+        return run(self.model, args, kwargs)  # type: ignore[arg-type]
 
 
 class _Shapes(torch.fx.Interpreter):

@@ -143,6 +143,26 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
     return made.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 
+class _Called(nn.Module):
+    """An operator without parameters, as a layer."""
+
+    def __init__(self, function: Operator) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The operator applied to ``x``."""
+        return self.function(x)
+
+
+def layers(operator: Operator, dtype: torch.dtype) -> list[nn.Module]:
+    """An operator as layers to run one after the other, a padding of its own included; see :func:`layer`."""
+    if isinstance(operator, Pad | AveragePool):
+        return [_Called(operator)]
+    padding = _padding_before(operator)
+    return [*([] if padding is None else [_Called(padding)]), layer(operator, dtype)]
+
+
 def _bare(cls: Any, *args: Any) -> Any:
     """A layer without memory or initial values for the weights that it is about to be given."""
     made: Any = _without_reset(cls)(*args, device="meta")

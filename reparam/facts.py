@@ -11,7 +11,7 @@ Convolutions are taken to read batches: ``(N, C, L)``, ``(N, C, H, W)``, ``(N, C
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -72,6 +72,7 @@ _TENSOR_METHODS = frozenset(
 )
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _LAYER_FUNCTIONS = frozenset([*_CONV_FUNCTIONS, *"linear batch_norm layer_norm group_norm".split()])
+_DIVISIONS = frozenset("truediv itruediv div divide true_divide".split())
 _SEVERAL = frozenset("chunk split split_with_sizes unbind tensor_split topk sort".split())
 _METADATA_METHODS = frozenset("size dim ndimension numel stride is_floating_point element_size get_device".split())
 _LIKE = frozenset("view_as reshape_as expand_as type_as".split())
@@ -326,10 +327,10 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
     live = _live(nodes)
     for node in nodes:
         if node.op == "placeholder" and "dtype" not in node.meta:
-            readers = [reader for reader in node.users if reader in live]
-            read_by_layer = any(_is_layer(reader, modules) for reader in readers)
-            divided = any(target_name(reader) in ("truediv", "div", "divide") for reader in readers)
-            node.meta["floating"] = read_by_layer or not (divided or _becomes_index(node, modules))
+            divided = any(target_name(reader) in _DIVISIONS for reader in _readers(node, live, _is_sum))
+            index = any(_looks_up(reader, modules) for reader in _readers(node, live, _is_arithmetic))
+            read_by_layer = any(_is_layer(reader, modules) for reader in node.users if reader in live)
+            node.meta["floating"] = read_by_layer or not (divided or index)
         elif node.op in ("call_function", "call_method"):
             node.meta["floating"] = is_floating(node)
 
@@ -376,14 +377,31 @@ def _live(nodes: Iterable[Node]) -> set[Node]:
     return found
 
 
-def _becomes_index(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether arithmetic on a value ends in a table look-up."""
-    return any(
-        isinstance(modules.get(str(reader.target)), (nn.Embedding, nn.EmbeddingBag))
-        or target_name(reader) in ("embedding", "embedding_bag", "one_hot")
-        or (target_name(reader) in ARITHMETIC and _becomes_index(reader, modules))
-        for reader in node.users
-    )
+def _readers(node: Node, live: set[Node], through: Callable[[Node], bool]) -> set[Node]:
+    """What reads a value, or what some operations alone have made of it."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        readers = [reader for reader in pending.pop().users if reader in live and reader not in found]
+        found.update(readers)
+        pending += filter(through, readers)
+    return found
+
+
+def _is_arithmetic(node: Node) -> bool:
+    return target_name(node) in ARITHMETIC
+
+
+def _is_sum(node: Node) -> bool:
+    """Whether a node adds activations: a sum of integers is one."""
+    return target_name(node) in ("add", "iadd", "sub", "isub") and all(isinstance(arg, Node) for arg in node.args)
+
+
+def _looks_up(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node takes indices."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], (nn.Embedding, nn.EmbeddingBag))
+    return target_name(node) in ("embedding", "embedding_bag", "one_hot")
 
 
 def keeps_shape(node: Node) -> bool:

@@ -37,13 +37,14 @@ class Remark:
     """One line of what the compiler did, or did not do and why.
 
     Attributes:
-        kind: ``fused`` for a rewrite, ``missed`` for one that was refused, ``capture`` for how the model was read.
+        kind: ``fused`` for a rewrite, ``missed`` for one that was refused, ``capture`` for how the model was read,
+            ``timed`` for what ``optimize="latency"`` decided by the clock.
         rule: The rule's name, such as ``NormAfterLinear``.
         where: Module path that the remark is about; the empty string is the model itself.
         message: What happened, or the reason why it could not.
     """
 
-    kind: Literal["fused", "missed", "capture"]
+    kind: Literal["fused", "missed", "capture", "timed"]
     rule: str
     where: str
     message: str

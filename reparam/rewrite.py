@@ -15,7 +15,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.fx
@@ -25,6 +25,7 @@ from torch.fx import Node
 from reparam import aliasing, facts, measure, views
 from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.capture import is_opaque
+from reparam.cost import Cost
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
 from reparam.lift import Refusal, Sum, lift
@@ -56,7 +57,28 @@ class Add:
     terms: tuple[tuple[float, Node | Apply], ...]
 
 
-Expression: TypeAlias = "Node | Apply | Add"
+@dataclass(frozen=True)
+class Slice:
+    """Some channels of ``whole``, without a copy; several values of one rewrite may be slices of the same whole.
+
+    Attributes:
+        whole: What is computed. Its terms are the nodes that its slices stand for.
+        start: The first channel.
+        length: How many.
+    """
+
+    whole: Apply
+    start: int
+    length: int
+
+    @property
+    def axis(self) -> int:
+        """The channels' axis, counted from the end."""
+        assert isinstance(self.whole.operator, Conv)
+        return self.whole.operator.axis
+
+
+Expression: TypeAlias = "Node | Apply | Add | Slice"
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,12 @@ class Rule:
 
     Subclass it, state the formula in the docstring, and put an instance into the list given to
     :func:`reparam.compile`.
+
+    Attributes:
+        last: Whether the rule is tried only when no other matches any more, and none is tried after it.
     """
+
+    last: ClassVar[bool] = False
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
         """What replaces ``node``, why nothing does, or None when the rule has no business here."""
@@ -114,10 +141,12 @@ class Graph:
     Attributes:
         fx: The torch.fx graph.
         modules: The module at every path that its names refer to; the root at the empty one.
+        cost: Decides where a rewrite might not pay.
     """
 
     fx: torch.fx.Graph
     modules: Mapping[str, nn.Module]
+    cost: Cost = field(default_factory=Cost)
     _lifted: dict[Node, Operator | Sum | Refusal | None] = field(default_factory=dict)
     _opaque: list[Node] | None = None
     _views: list[Node] | None = None
@@ -141,6 +170,11 @@ class Graph:
     def source(self, node: Node) -> Node:
         """The activation that a linear operator reads."""
         return next(source for source in node.all_input_nodes if source.op != "get_attr")
+
+    def shape(self, node: Node) -> tuple[int, ...] | None:
+        """The shape that a value had in the example, or None when there is none."""
+        shape = node.meta.get("shape")
+        return None if shape is None else tuple(shape)
 
     def readers(self, node: Node) -> list[Node]:
         """The nodes that read the values of ``node``, not just its shape or type."""
@@ -209,9 +243,8 @@ class Graph:
                 return kernels_of(operator)
             case Sum():
                 return max(1, len(operator.terms) - 1)
-        if node.op in ("placeholder", "get_attr", "output") or facts.reads_only_metadata(node):
-            return 0
-        return 1
+        is_free = node.op in ("placeholder", "get_attr", "output") or node.target is torch.narrow  # a view
+        return 0 if is_free or facts.reads_only_metadata(node) else 1
 
     def path(self, node: Node) -> str:
         """The module path that a remark about ``node`` names."""
@@ -272,6 +305,8 @@ class Graph:
                 return node, [node]
             case Add():
                 return self._materialise_add(value, replaced)
+            case Slice():
+                return self._materialise_slice(value, replaced)
 
     def _materialise_apply(self, value: Apply, replaced: Node) -> Node:
         region = self.region([term for _, term in value.terms], value.source)
@@ -282,6 +317,20 @@ class Graph:
             node = self.fx.create_node("call_function", value.operator, (value.source,), {}, name)
         node.meta = _merged_meta([*region, *value.also], value.operator, replaced)
         return node
+
+    def _materialise_slice(self, value: Slice, replaced: Node) -> tuple[Node, list[Node]]:
+        made: list[Node] = []
+        whole = next((user for user in value.whole.source.users if user.target is value.whole.operator), None)
+        if whole is None:
+            whole = self._materialise_apply(value.whole, replaced)
+            for name in ("shape", "example"):  # those of a slice
+                whole.meta.pop(name, None)
+            made.append(whole)
+        with self.fx.inserting_after(whole):
+            node = self.fx.call_function(torch.narrow, (whole, value.axis, value.start, value.length))
+        node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank", "shape", "example")}
+        node.meta |= {"origins": frozenset(), "channels": (value.length, value.axis)}
+        return node, [*made, node]
 
     def _materialise_add(self, value: Add, replaced: Node) -> tuple[Node, list[Node]]:
         made: list[Node] = []
@@ -480,7 +529,7 @@ def rewrite(
 
     Args:
         graph: Changed in place.
-        rules: Tried in this order at every node.
+        rules: Tried in this order at every node; those that come last when the others are done.
         verify: Certify every rewrite in float64, on random inputs that reach every border, to 1e-9 relative.
         progress: Called with nodes visited, nodes in all, and the module path.
 
@@ -492,11 +541,31 @@ def rewrite(
     for node in graph.remove_unused():
         if node.op == "call_module":
             outcome.remarks.append(Remark("capture", "Unused", graph.path(node), "its output is not used, removed"))
-    total = len(graph.fx.nodes)
     missed: dict[tuple[Node, str], str] = {}
+    _apply_all(graph, [rule for rule in rules if not rule.last], verify, progress, outcome, missed)
+    _apply_all(graph, [rule for rule in rules if rule.last], verify, None, outcome, missed)
+    for (node, name), reason in missed.items():
+        if not node._erased:
+            outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
+    outcome.remarks += _left_over(graph, {node for node, _ in missed})
+    return outcome
+
+
+def _apply_all(
+    graph: Graph,
+    rules: Sequence[Rule],
+    verify: bool,
+    progress: Callable[[int, int, str], None] | None,
+    outcome: Outcome,
+    missed: dict[tuple[Node, str], str],
+) -> None:
+    """Apply some of the rules until none of them matches."""
+    if not rules:
+        return
+    total = len(graph.fx.nodes)
     waiting = deque(graph.fx.nodes)
     queued = set(waiting)
-    visited = fused = 0
+    visited, fused = 0, len(outcome.remarks)
     while waiting:
         node = waiting.popleft()
         queued.discard(node)
@@ -511,11 +580,6 @@ def rewrite(
             fused = len(outcome.remarks)
             waiting.extend(graph.settle())
             queued.update(waiting)
-    for (node, name), reason in missed.items():
-        if not node._erased:
-            outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
-    outcome.remarks += _left_over(graph, {node for node, _ in missed})
-    return outcome
 
 
 def _visit(
@@ -597,7 +661,8 @@ def _touched(graph: Graph, change: Rewrite) -> list[Node]:
     """All nodes that a rewrite may erase."""
     found: dict[Node, None] = {}
     pending = [node for node, _ in change.values]
-    stop = {apply.source for apply in applies(change)} | set(_remaining(change))
+    sources = {value.whole.source for _, value in change.values if isinstance(value, Slice)}
+    stop = {apply.source for apply in applies(change)} | sources | set(_remaining(change))
     while pending:
         node = pending.pop()
         if node in found or node in stop:
@@ -608,7 +673,7 @@ def _touched(graph: Graph, change: Rewrite) -> list[Node]:
 
 
 def applies(change: Rewrite) -> list[Apply]:
-    """The operators that a rewrite brings in."""
+    """The operators that a rewrite brings in, but for those that only slices are read of."""
     found = []
     for _, value in change.values:
         if isinstance(value, Apply):
@@ -622,7 +687,7 @@ def _remaining(change: Rewrite) -> list[Node]:
     """The nodes that a rewrite keeps, as values or as terms."""
     found = []
     for _, value in change.values:
-        terms = [term for _, term in value.terms] if isinstance(value, Add) else [value]
+        terms: list[Any] = [term for _, term in value.terms] if isinstance(value, Add) else [value]
         found += [term for term in terms if isinstance(term, Node)]
     return found
 

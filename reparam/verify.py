@@ -24,7 +24,7 @@ from reparam.errors import VerificationError
 from reparam.report import Comparison
 
 if TYPE_CHECKING:
-    from reparam.rewrite import Apply, Graph, Rewrite
+    from reparam.rewrite import Apply, Graph, Rewrite, Slice
 
 CERTIFICATE_TOLERANCE = 1e-9
 
@@ -66,7 +66,7 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
 
 
 def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
-    from reparam.rewrite import Add, applies
+    from reparam.rewrite import Add, Slice, applies
 
     if rewrite.outputs:
         return _certify_together(graph, rewrite, where, rule)
@@ -77,6 +77,9 @@ def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
             actual = apply.operator.double()(x) if isinstance(apply.operator, AnyConv) else apply.operator(x)
             largest = max(largest, _check(actual, terms, where, rule))
     for node, value in rewrite.values:
+        if isinstance(value, Slice):
+            largest = max(largest, _check_slice(graph, node, value, where, rule))
+            continue
         total = value if isinstance(value, Add) else Add(((1.0, value),))
         largest = max(largest, _check_addition(graph, node, total, where, rule))
     return largest
@@ -161,6 +164,17 @@ def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str)
         env.setdefault(leaf, torch.randn(shape, dtype=torch.float64, generator=generator))
     terms = [coefficient * env[leaf] for coefficient, leaf in leaves]
     return _check(evaluate(graph, node, dict(env)), terms, where, rule)
+
+
+def _check_slice(graph: Graph, node: Node, value: Slice, where: str, rule: str) -> float:
+    """Some channels of an operator, against the node that they stand for."""
+    largest = 0.0
+    operator = value.whole.operator
+    assert isinstance(operator, AnyConv)
+    for x in random_inputs(operator, value.whole.source):
+        actual = operator.double()(x).narrow(value.axis, value.start, value.length)
+        largest = max(largest, _check(actual, [evaluate(graph, node, {value.whole.source: x})], where, rule))
+    return largest
 
 
 def _check(actual: Tensor, terms: Sequence[Tensor], where: str, rule: str) -> float:

@@ -51,16 +51,126 @@ def test_coverage_counts_and_shows_failures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_latency_runs(tmp_path: Path) -> None:
+def test_deploy_times_each_network_in_a_process_of_its_own(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    ran = run("latency.py", "--models", "repghostnet_050", "--rounds", "2", "--json", str(results))
-    assert ran.returncode == 0, ran.stderr
-    times = json.loads(results.read_text())["results"]["repghostnet_050"]
-    runners = {
-        f"{graph} {runtime}" for graph in ("training", "timm", "reparam") for runtime in ("eager", "onnxruntime")
-    }
-    assert times.keys() == runners
+    asked = ("--models", "test_byobnet", "no_such_model", "--runtimes", "eager", "--rounds", "2", "--threads", "1")
+    ran = run("deploy.py", *asked, "--markdown", "--check", "--json", str(results))
+    assert ran.returncode == 1, ran.stderr  # there is no such model
+    found = json.loads(results.read_text())["results"]
+    times = {row["graph"]: row["seconds"] for row in found["test_byobnet"]["rows"]}
+    assert {"training", "timm", "reparam"} <= times.keys()
     assert all(0 < time["low"] <= time["median"] <= time["high"] for time in times.values())
+    ratios = found["test_byobnet"]["ratios"]["eager"]
+    assert ratios["timm"]["median"] == 1.0
+    assert f"{ratios['reparam']['median']:.2f} (" in ran.stdout
+    assert "missed: no_such_model: " in ran.stdout
+
+
+def deployed(eager: float, openvino: float | str, latency: float = 0.5, of_peak: float = 0.9) -> dict[str, Any]:
+    """What `deploy.py` found of a network: ratios to timm's graph, or what failed."""
+
+    def ratio(value: float | str) -> Any:
+        return value if isinstance(value, str) else {"median": value, "low": value, "high": value}
+
+    seconds = {"median": 0.01, "low": 0.01, "high": 0.01}
+    ran = (("eager", "reparam"), ("eager", "latency"), ("openvino", "reparam"))
+    return {
+        "ratios": {
+            "eager": {"reparam": ratio(eager), "latency": ratio(latency)},
+            "openvino": {"reparam": ratio(openvino)},
+        },
+        "rows": [{"runtime": run, "graph": graph, "of_peak": of_peak, "seconds": seconds} for run, graph in ran],
+        "peak_flops": 1e11,
+    }
+
+
+def test_deploy_names_each_bar_that_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from deploy import missed
+
+    def problems(**results: dict[str, Any]) -> list[str]:
+        return list(missed(results, ["eager", "openvino"]))
+
+    assert problems(a=deployed(0.9, 1.02), b=deployed(1.0, 0.97)) == []
+    assert problems(a=deployed(0.6, 1.04), b=deployed(1.0, 0.9)) == [
+        "a in openvino: 1.040 times timm's graph, allowed 1.03"
+    ]
+    assert problems(a=deployed(0.96, 1.01)) == [
+        "geometric mean in eager: 0.960, allowed 0.95",
+        "geometric mean in openvino: 1.010, allowed 1.00",
+    ]
+    assert problems(a=deployed(0.9, 0.9, latency=0.81)) == ["geometric mean in eager for latency: 0.810, allowed 0.80"]
+    assert problems(a=deployed(0.9, "wrong"), b=deployed(0.9, 0.9)) == ["a in openvino: wrong"]
+    assert problems(a={"failure": "killed"}, b=deployed(0.9, 0.9)) == ["a: killed"]
+    assert problems(repvit_m0_9=deployed(0.9, 0.9, of_peak=0.74)) == [
+        "repvit_m0_9: 74% of the matrix-product peak, in eager; at least 75% wanted"
+    ]
+
+
+def test_deploy_shows_what_it_measured_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import deploy
+
+    found = {"good": deployed(0.9, 0.9), "bad": deployed(0.8, "no kernel"), "dead": {"failure": "killed"}}
+    monkeypatch.setattr(deploy, "in_process_of_its_own", lambda name, options: found[name])
+    asked = ["deploy.py", "--check", "--markdown", "--runtimes", "eager", "openvino", "--models"]
+    monkeypatch.setattr(sys, "argv", [*asked, "good"])
+    deploy.main()
+    monkeypatch.setattr(sys, "argv", [*asked, *found])
+    with pytest.raises(SystemExit) as stop:
+        deploy.main()
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert (
+        "| good | 10.0 ms, 0.90 (0.90 to 0.90) | 10.0 ms, 0.90 (0.90 to 0.90) | 10.0 ms, 0.50 (0.50 to 0.50) |" in out
+    )
+    assert "| bad | 10.0 ms, 0.80 (0.80 to 0.80) | fails | 10.0 ms, 0.50 (0.50 to 0.50) |" in out
+    assert "| dead | - | - | - |" in out
+    assert "| geometric mean | 0.849 | 0.900 | 0.500 |" in out
+    assert "missed: dead: killed" in out
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux keeps a peak that can be reset")
+@pytest.mark.slow
+def test_memory_is_that_of_a_compilation(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    ran = run("memory.py", "--model", "test_vit", "--json", str(results))
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(results.read_text())["results"]
+    assert [result["verify"] for result in found] == [False, True]
+    assert all(result["ratio"] == result["peak"] / result["weights"] > 1 for result in found)
+
+
+def test_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match=r"this needs a CUDA device, and PyTorch .* finds none"):
+        gpu.main()
+
+
+def test_gpu_shows_throughput_beside_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+    from rich.table import Table
+
+    from reparam.bench import Benchmark, Row
+
+    rows = (
+        Row("training", "eager", (0.2, 0.2), 10**12),
+        Row("compiled", "eager", (0.1, 0.1), 10**12),
+        Row("compiled", "cuda-graph", failure="out of memory"),
+    )
+    table = gpu.render({("repvit_m0_9", 256): Benchmark(rows, {8192: (0.01, 0.01)})}, Table(*map(str, range(9))))
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert cells[1] == (
+        "repvit_m0_9", "256", "eager", "compiled", "100.00 ms (100.00 to 100.00)", "0.50", "2,560", "18%", "4,817",
+    )  # fmt: skip
+    assert cells[2][4] == "out of memory"
 
 
 def test_compile_time_misses_a_bar_loudly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

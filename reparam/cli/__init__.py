@@ -10,12 +10,12 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from reparam.cli import explain, export, fuse, models, report, verify
+from reparam.cli import bench, explain, export, fuse, models, report, verify
 from reparam.cli.shell import app, register
 
-__all__ = ["app", "explain", "export", "fuse", "main", "models", "report", "verify"]
+__all__ = ["app", "bench", "explain", "export", "fuse", "main", "models", "report", "verify"]
 
-for function in (fuse.fuse, export.export, explain.explain, report.report, verify.verify, models.models):
+for function in (fuse.fuse, export.export, explain.explain, report.report, verify.verify, bench.bench, models.models):
     register(function)
 
 

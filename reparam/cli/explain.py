@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from reparam.cli.files import Reading, about_input, deploy_metadata, inputs_of, parse_shape, read, resolve
+from reparam.cli.onnx_graph import explain_graph, is_onnx
 from reparam.cli.shell import (
     Bar,
     Debug,
     Ema,
+    FreezeInputs,
     InputSize,
     Json,
     Model,
@@ -25,12 +27,13 @@ from reparam.errors import ReparamError
 
 def explain(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="Training checkpoint, or a deploy file that reparam wrote.")
+        Path, typer.Argument(metavar="CKPT", help="Training checkpoint, .onnx, or a deploy file that reparam wrote.")
     ],
     model: Model = None,
     input_size: InputSize = None,
     unsafe_load: UnsafeLoad = False,
     ema: Ema = False,
+    freeze_inputs: FreezeInputs = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -39,6 +42,20 @@ def explain(
     For a deploy file: what was fused when it was made.
     """
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
+    if is_onnx(checkpoint):
+        about, report = explain_graph(checkpoint, how, freeze=freeze_inputs)
+    else:
+        about, report = _read(checkpoint, how)
+    if as_json:
+        print_json({**about, "report": report})
+    else:
+        _print_remarks(
+            f"{checkpoint}: {about['model'] or ('ONNX graph' if 'onnx' in about else 'compiled model')}", report
+        )
+
+
+def _read(checkpoint: Path, how: Reading) -> tuple[dict[str, Any], dict[str, Any]]:
+    """About a checkpoint or deploy file, and its report."""
     with Bar() as bar:
         import reparam
 
@@ -53,10 +70,7 @@ def explain(
             bar(None, None, f"compiling {network.name}")
             about = about_input(checkpoint, source, network)
             report = reparam.explain(network.model, inputs_of(network, how)).to_dict()
-    if as_json:
-        print_json({**about, "report": report})
-    else:
-        _print_remarks(f"{checkpoint}: {about['model'] or 'compiled model'}", report)
+    return about, report
 
 
 def _print_remarks(title: str, report: dict[str, Any]) -> None:

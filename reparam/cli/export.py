@@ -162,7 +162,7 @@ def _deploy_model(path: Path, how: Reading, bar: Bar) -> tuple[nn.Module, Any, d
     source = read(path, how)
     network = resolve(source, how)
     inputs = example_of(network, how)
-    return compiled(path, network, inputs, True, bar), inputs, about_input(path, source, network)
+    return compiled(path, network, inputs, bar), inputs, about_input(path, source, network)
 
 
 def _image(mean: str | None, std: str | None) -> ImageInput | None:

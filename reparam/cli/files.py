@@ -113,13 +113,13 @@ def _is_machine_code(path: Path) -> bool:
         return False  # which reading it as a checkpoint will say better
 
 
-def compiled(path: Path, network: Network, inputs: Any, verify: bool, progress: Bar) -> nn.Module:
-    """The deploy model of a network; what goes wrong says which file it was."""
+def compiled(path: Path, network: Network, inputs: Any, progress: Bar, **options: Any) -> nn.Module:
+    """The deploy model of a network, with options of :func:`reparam.compile`; an error says which file it was."""
     import reparam
     from reparam.errors import CaptureError
 
     try:
-        return reparam.compile(network.model, inputs, verify=verify, progress=progress)
+        return reparam.compile(network.model, inputs, progress=progress, **options)
     except VerificationError as error:
         raise VerificationError(f"{path}: {error}; nothing was written", error.comparison) from error
     except CaptureError as error:

@@ -15,11 +15,23 @@ from reparam.cli.export import (
     exported_dict,
     print_exported,
 )
-from reparam.cli.files import Reading, about_input, compiled, example_of, inputs_of, parse_shape, read, resolve
+from reparam.cli.files import (
+    Reading,
+    about_input,
+    ask_for_shape,
+    compiled,
+    example_of,
+    inputs_of,
+    parse_shape,
+    read,
+    resolve,
+)
+from reparam.cli.onnx_graph import fuse_graph, is_onnx
 from reparam.cli.shell import (
     Bar,
     Debug,
     Ema,
+    FreezeInputs,
     InputSize,
     Json,
     Model,
@@ -43,7 +55,7 @@ DEPLOY_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def fuse(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="Training checkpoint (.pth, .pt, .safetensors), or .pt2.")
+        Path, typer.Argument(metavar="CKPT", help="Training checkpoint (.pth, .pt, .safetensors), .pt2 or .onnx.")
     ],
     output: Annotated[
         Path | None,
@@ -57,7 +69,15 @@ def fuse(
     input_size: InputSize = None,
     unsafe_load: UnsafeLoad = False,
     ema: Ema = False,
+    optimize: Annotated[
+        str, typer.Option("--optimize", metavar="size|latency", help="What to optimise; latency times on this machine.")
+    ] = "size",
+    decisions: Annotated[
+        Path | None,
+        typer.Option("--decisions", metavar="FILE", help="Replay what was timed before, and keep what is timed now."),
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Write without checking anything.")] = False,
+    freeze_inputs: FreezeInputs = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -66,16 +86,34 @@ def fuse(
 
     The input file is never changed, and the output appears complete or not at all.
     """
+    if optimize not in ("size", "latency"):
+        raise ReparamError(f"--optimize {optimize} is not known; use size or latency")
+    if decisions is not None and optimize == "size":
+        raise ReparamError("--decisions is about what is timed; it needs --optimize latency")
+    how = Reading(model, parse_shape(input_size), unsafe_load, ema)
+    if is_onnx(checkpoint):
+        if optimize == "latency":
+            raise ReparamError(f"{checkpoint}: --optimize latency times PyTorch; leave it out for an ONNX graph")
+        options: dict[str, bool] = {"freeze": freeze_inputs, "verify": not no_verify}
+        return fuse_graph(checkpoint, output, how, as_json=as_json, quiet=quiet, **options)
     output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
     if output.suffix not in DEPLOY_SUFFIXES and not ends_like_a_target(output):
         raise ReparamError(f"{output}: the output must end in {', '.join((*DEPLOY_SUFFIXES, *TARGET_SUFFIXES))}")
-    how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
+        from reparam.storage import check_destination
+
         source = read(checkpoint, how)
         check_output(output, checkpoint)
+        if decisions is not None:
+            check_destination(decisions, never=(checkpoint,))
+            if decisions.resolve() == output.resolve():
+                raise ReparamError(f"{output}: is named for the output and for the decisions; choose another name")
         network = resolve(source, how)
         inputs = example_of(network, how) if ends_like_a_target(output) else inputs_of(network, how)
-        deploy = compiled(checkpoint, network, inputs, not no_verify, bar)
+        if optimize == "latency" and inputs is None:
+            ask_for_shape(network.name, "time")
+        how_to = {"optimize": optimize, "decisions": decisions, "verify": not no_verify}
+        deploy = compiled(checkpoint, network, inputs, bar, **how_to)
         bar(None, None, f"writing {output.name}")
         exported = _write(deploy, network, output, inputs, bar)
     report = cast("Report", deploy.report)
@@ -85,6 +123,7 @@ def fuse(
         print_json(about | export | {"report": report.to_dict()})
     elif not quiet:
         _print_fused(checkpoint, network, output, report, exported)
+    return None
 
 
 def _write(deploy: nn.Module, network: Network, output: Path, inputs: Any, bar: Bar) -> Exported | None:
@@ -103,6 +142,9 @@ def _print_fused(path: Path, network: Network, output: Path, report: Report, exp
     console.print(f"{path} is {network.name}")
     console.print(counts_table(report.to_dict()))
     print(f"before and after: {report.comparison or 'not compared'}")
+    for remark in report.remarks:
+        if remark.kind == "timed":
+            print(f"timed: {remark.where or 'the model'}: {remark.message}")
     if exported is not None:
         print_exported(exported)
     else:

@@ -43,6 +43,9 @@ UnsafeLoad = Annotated[
     bool, typer.Option("--unsafe-load", help="Unpickle Python objects: runs whatever code the file's author chose.")
 ]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged (EMA) weights.")]
+FreezeInputs = Annotated[
+    bool, typer.Option("--freeze-inputs", help="ONNX: weights that are also inputs are constants.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1225,3 +1225,18 @@ def test_the_number_of_torch_calls_does_not_grow_with_channels(name: str) -> Non
             combinator(*terms)
         counts.append(calls.count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("pad", [Pad(((1, 2), (0, 1))), Pad(((-1, 0), (0, -2)))], ids=["padding", "crop"])
+def test_a_sum_of_kernels_is_padded_and_cropped_as_a_whole(pad: Pad) -> None:
+    """The terms that it keeps, to be added up when their numbers are asked for, have paddings of their own."""
+    generator = torch.Generator().manual_seed(0)
+    three, one = (torch.randn(2, 2, k, k, generator=generator, dtype=torch.float64) for k in (3, 1))
+    both = parallel([Conv(three, padding=((1, 1), (1, 1))), Conv(one)])
+    assert isinstance(both, Conv)
+    assert both.terms
+    x = torch.randn(1, 2, 7, 8, generator=generator, dtype=torch.float64)
+    if pad.pads:
+        torch.testing.assert_close(both.after(pad)(x), both(pad(x)))
+    else:
+        torch.testing.assert_close(both.then_crop(pad)(x), pad(both(x)))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import reparam
 from reparam.aliasing import is_in_place, make_out_of_place, restore_in_place
 from reparam.capture import capture
 from reparam.verify import compare
@@ -147,6 +148,28 @@ def test_in_place_comes_back_only_where_nobody_else_can_see_it() -> None:
         return net.act(y) + z
 
     assert not after(twice)
+
+
+@pytest.mark.parametrize(
+    ("forward", "in_place"),
+    [
+        (lambda net, x: net.conv(x).__iadd__(F.silu(x)), True),
+        (lambda net, x: net.conv(x).mul_(x), True),
+        (lambda net, x: torch.relu_(net.conv(x)), True),
+        (lambda net, x: (x * 2).add_(x), False),  # not known to be new memory
+        (lambda net, x: _then(net.conv(x), lambda y: y.add_(F.silu(x))), True),
+        (lambda net, x: (lambda y: (y * 2, y.add_(x)))(net.conv(x)), False),
+    ],
+)
+def test_arithmetic_comes_back_in_place(forward: Callable[..., Any], in_place: bool) -> None:
+    model = Net(forward).eval()
+    compiled = reparam.compile(model, x := torch.randn(2, 3, 4, 5))
+    nodes = [node for node in compiled.graph.nodes if is_in_place(node, dict(compiled.named_modules()))]
+    assert bool(nodes) is in_place
+    before = x.clone()
+    with torch.no_grad():
+        compare(model(x.clone()), compiled(x))
+    assert torch.equal(x, before)
 
 
 def test_addition_to_a_size_is_plain_arithmetic() -> None:
