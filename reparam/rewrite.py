@@ -713,6 +713,7 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
                 continue
             found[reader] = None
             # A sum that is read several times is where a residual network goes on and on.
-            if views.axes(reader) is not None or (len(reader.users) == 1 and graph.lets_pass(reader)):
+            passes = graph.lets_pass(reader) or reader.target is torch.stack
+            if views.axes(reader) is not None or (len(reader.users) == 1 and passes):
                 pending.extend(reader.users)
     return sorted(found)

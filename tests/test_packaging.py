@@ -68,7 +68,7 @@ def test_offers_the_command_and_the_extras(wheel: zipfile.ZipFile) -> None:
     extras = email.message_from_string(metadata(wheel, "METADATA")).get_all("Provides-Extra")
     assert extras is not None
     targets = {"onnx", "openvino", "executorch", "coreml", "deploy"}
-    assert set(extras) == {*targets, "demo", "timm", "bench", "docs", "test", "dev"}
+    assert set(extras) == {*targets, "bench", "demo", "timm", "docs", "test", "dev"}
 
 
 def test_an_installed_copy_imports(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from reparam.cli.shell import app, register
 
 __all__ = ["app", "bench", "explain", "export", "fuse", "main", "models", "report", "verify"]
 
-for function in (fuse.fuse, export.export, explain.explain, report.report, verify.verify, bench.bench, models.models):
+for function in (
+    fuse.fuse, export.export, explain.explain, report.report, verify.verify, bench.bench, models.models,
+):  # fmt: skip
     register(function)
 
 

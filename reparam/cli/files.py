@@ -114,7 +114,7 @@ def _is_machine_code(path: Path) -> bool:
 
 
 def compiled(path: Path, network: Network, inputs: Any, progress: Bar, **options: Any) -> nn.Module:
-    """The deploy model of a network, with options of :func:`reparam.compile`; an error says which file it was."""
+    """The deploy model of a network; what goes wrong says which file it was."""
     import reparam
     from reparam.errors import CaptureError
 

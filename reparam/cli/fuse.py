@@ -94,26 +94,26 @@ def fuse(
     if is_onnx(checkpoint):
         if optimize == "latency":
             raise ReparamError(f"{checkpoint}: --optimize latency times PyTorch; leave it out for an ONNX graph")
-        options: dict[str, bool] = {"freeze": freeze_inputs, "verify": not no_verify}
-        return fuse_graph(checkpoint, output, how, as_json=as_json, quiet=quiet, **options)
+        return fuse_graph(
+            checkpoint, output, how, freeze=freeze_inputs, verify=not no_verify, as_json=as_json, quiet=quiet
+        )
     output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
     if output.suffix not in DEPLOY_SUFFIXES and not ends_like_a_target(output):
         raise ReparamError(f"{output}: the output must end in {', '.join((*DEPLOY_SUFFIXES, *TARGET_SUFFIXES))}")
     with Bar(quiet) as bar:
-        from reparam.storage import check_destination
-
         source = read(checkpoint, how)
         check_output(output, checkpoint)
         if decisions is not None:
-            check_destination(decisions, never=(checkpoint,))
+            check_output(decisions, checkpoint)
             if decisions.resolve() == output.resolve():
                 raise ReparamError(f"{output}: is named for the output and for the decisions; choose another name")
         network = resolve(source, how)
         inputs = example_of(network, how) if ends_like_a_target(output) else inputs_of(network, how)
         if optimize == "latency" and inputs is None:
             ask_for_shape(network.name, "time")
-        how_to = {"optimize": optimize, "decisions": decisions, "verify": not no_verify}
-        deploy = compiled(checkpoint, network, inputs, bar, **how_to)
+        deploy = compiled(
+            checkpoint, network, inputs, bar, verify=not no_verify, optimize=optimize, decisions=decisions
+        )
         bar(None, None, f"writing {output.name}")
         exported = _write(deploy, network, output, inputs, bar)
     report = cast("Report", deploy.report)

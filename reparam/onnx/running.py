@@ -15,7 +15,7 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from reparam.errors import ExportError, ReparamError, VerificationError
-from reparam.export import OnnxModel
+from reparam.export.onnx import OnnxModel
 from reparam.onnx import shapes
 from reparam.onnx.constants import DTYPES, to_numpy, to_torch
 from reparam.report import Comparison

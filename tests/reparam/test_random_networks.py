@@ -194,6 +194,12 @@ REGRESSIONS: dict[str, tuple[int, Network]] = {
         Step("over_size", (0,)),
         Step("sum", (2, 0), {"how": "sum"}),
     ])),
+    # What the sum of a stack reads had changed, and only the stack was looked at again.
+    "a factor that moves through a sum of a stack": (1, Network(1, [
+        Step("number", (0,), {"how": "mul", "number": 2}),
+        Step("sum", (1, 1), {"how": "stack"}),
+        Step("number", (2,), {"how": "mul", "number": 2}),
+    ])),
 }  # fmt: skip
 
 
