@@ -6,7 +6,6 @@ from the capture to the comparison and the atomic write, is :func:`export` (:mod
 
 from reparam.export.exporter import Exported, export
 from reparam.export.image import ImageInput
-from reparam.export.onnx import OnnxModel
 from reparam.export.registry import TARGETS, is_target, target_of
 from reparam.export.target import Flat, Options, Target, Written
 
@@ -15,7 +14,6 @@ __all__ = [
     "Exported",
     "Flat",
     "ImageInput",
-    "OnnxModel",
     "Options",
     "Target",
     "Written",
