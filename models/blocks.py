@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.errors import ModelError
-from reparam.models.registry import unknown
+from reparam.models.registry import Known
 from reparam.models.repvit import TokenMixer
 
 Pair: TypeAlias = tuple[int, int]
@@ -48,7 +48,7 @@ class Builder(Protocol):
 
 
 BuilderT = TypeVar("BuilderT", bound=Callable[..., nn.Module])
-_BLOCKS: dict[str, Callable[..., nn.Module]] = {}
+_BLOCKS: Known[Callable[..., nn.Module]] = Known("block")
 
 
 def register(name: str) -> Callable[[BuilderT], BuilderT]:
@@ -59,9 +59,7 @@ def register(name: str) -> Callable[[BuilderT], BuilderT]:
     """
 
     def decorate(build: BuilderT) -> BuilderT:
-        if name in _BLOCKS:
-            raise ModelError(f"a block named '{name}' is registered already: choose another name")
-        _BLOCKS[name] = build
+        _BLOCKS.add(name, build)
         return build
 
     return decorate
@@ -78,9 +76,7 @@ def builder(name: str) -> Builder:
     Raises:
         ModelError: If there is none; the message lists the names that look like it.
     """
-    if name not in _BLOCKS:
-        raise unknown("block", name, _BLOCKS)
-    return _BLOCKS[name]
+    return _BLOCKS.find(name)
 
 
 # What the blocks are made of.

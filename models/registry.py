@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -45,7 +45,45 @@ class ModelEntry:
     adapt: Callable[[State], dict[str, Tensor]]
 
 
-_ENTRIES: dict[str, ModelEntry] = {}
+T = TypeVar("T")
+
+
+class Known(dict[str, T]):
+    """What is known by name, in the order of registration.
+
+    Args:
+        kind: What it is, for errors.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def add(self, name: str, thing: T) -> None:
+        """Make something known.
+
+        Raises:
+            ModelError: If the name is taken.
+        """
+        if name in self:
+            raise ModelError(f"a {self.kind} named '{name}' is registered already: choose another name")
+        self[name] = thing
+
+    def find(self, name: str) -> T:
+        """Look something up.
+
+        Raises:
+            ModelError: If there is none; the message lists the names that look like it, or else all.
+        """
+        if name in self:
+            return self[name]
+        spelled = re.sub(r"\W", "_", name.lower())  # RepViT-M0.9 is how the papers write it
+        close = difflib.get_close_matches(spelled, self)
+        advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(self)}"
+        raise ModelError(f"there is no {self.kind} named '{name}': {advice}")
+
+
+_ENTRIES: Known[ModelEntry] = Known("model")
 
 
 def _no_options(state: State) -> dict[str, object]:
@@ -68,9 +106,7 @@ def register(
     """
 
     def decorate(build: BuilderT) -> BuilderT:
-        if name in _ENTRIES:
-            raise ModelError(f"a model named '{name}' is registered already: choose another name")
-        _ENTRIES[name] = ModelEntry(name, build, input_shape, description, paper, options, adapt)
+        _ENTRIES.add(name, ModelEntry(name, build, input_shape, description, paper, options, adapt))
         return build
 
     return decorate
@@ -87,18 +123,7 @@ def entry(name: str) -> ModelEntry:
     Raises:
         ModelError: If there is none; the message lists the names that look like it.
     """
-    if name not in _ENTRIES:
-        raise unknown("model", name, _ENTRIES)
-    return _ENTRIES[name]
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
-    """The error for a name that is not known: with the names that look like it, or else with all."""
-    known = list(known)
-    spelled = re.sub(r"\W", "_", name.lower())  # RepViT-M0.9 is how the papers write it
-    close = difflib.get_close_matches(spelled, known)
-    advice = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-    return ModelError(f"there is no {kind} named '{name}': {advice}")
+    return _ENTRIES.find(name)
 
 
 def create(name: str, **options: object) -> nn.Module:

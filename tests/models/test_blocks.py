@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import reparam
 from reparam import models
 from reparam.errors import ModelError
-from reparam.models import blocks
+from reparam.models import blocks, registry
 from support import count_calls, randomise
 
 # What each block leaves open: kernel sizes, and whether it can be dilated.
@@ -315,7 +315,7 @@ def test_unknown_names_are_answered_with_known_ones(name, advice):
 
 
 def test_a_block_of_your_own(monkeypatch):
-    monkeypatch.setattr(blocks, "_BLOCKS", {})
+    monkeypatch.setattr(blocks, "_BLOCKS", registry.Known("block"))
     assert blocks.register("plain")(nn.Conv2d) is nn.Conv2d
     assert blocks.builder("plain") is nn.Conv2d
     with pytest.raises(ModelError, match="registered already"):

@@ -18,7 +18,7 @@ PUBLISHED = [name for name in models.names() if name != "repvit_digits"]
 @pytest.fixture
 def scratch(monkeypatch):
     """A registry of its own, so that a test leaves no model behind."""
-    monkeypatch.setattr(registry, "_ENTRIES", {})
+    monkeypatch.setattr(registry, "_ENTRIES", registry.Known("model"))
 
 
 def meta_state(name, **options):
@@ -202,7 +202,8 @@ def test_recognise_builds_only_what_can_match(monkeypatch):
 
         return dataclasses.replace(entry, build=build)
 
-    entries = {name: recording(entry) for name, entry in registry._ENTRIES.items()}
+    entries = registry.Known("model")
+    entries.update({name: recording(entry) for name, entry in registry._ENTRIES.items()})
     state = meta_state("repvit_m2_3")
     monkeypatch.setattr(registry, "_ENTRIES", entries)
     assert [entry.name for entry, _ in models.recognise(state)] == built == ["repvit_m2_3"]
