@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from reparam import facts
+from reparam.algebra import ChannelAffine, Operator
 
 _OPERATORS = {
     getattr(operator, f"i{name}"): getattr(operator, name)
@@ -245,6 +246,8 @@ def _take_out_of_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a value may share memory with an input."""
+    if isinstance(node.target, Operator):
+        return isinstance(node.target, ChannelAffine) and node.target.is_identity
     match node.op:
         case "call_module":
             module = modules[str(node.target)]

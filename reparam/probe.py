@@ -173,7 +173,7 @@ def _collapsed(graph: Graph, path: str, region: list[Node], modules: Mapping[str
             continue
         for x in verify.random_inputs(found.operator, source):
             # The module may have been called with more than its input.
-            expected, actual = verify.evaluate(Rewritten(graph, modules), output, {source: x}), found.operator(x)
+            expected, actual = verify.evaluate(Rewritten(graph, dict(modules)), output, {source: x}), found.operator(x)
             if verify.relative_error(expected, actual) > verify.CERTIFICATE_TOLERANCE:
                 return None
         with graph.inserting_before(output):

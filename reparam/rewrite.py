@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -145,7 +145,7 @@ class Graph:
     """
 
     fx: torch.fx.Graph
-    modules: Mapping[str, nn.Module]
+    modules: MutableMapping[str, nn.Module]
     cost: Cost = field(default_factory=Cost)
     _lifted: dict[Node, Operator | Sum | Refusal | None] = field(default_factory=dict)
     _opaque: list[Node] | None = None
@@ -268,6 +268,7 @@ class Graph:
         Returns:
             The nodes of whose values, or whose inputs, more is known now.
         """
+        thawed = self._thaw()
         known = {node: _known(node) for node in self.fx.nodes}
         facts.settle_ranks(self.fx.nodes, self.modules)
         views.settle(self.fx.nodes, self.modules)
@@ -275,7 +276,22 @@ class Graph:
         affected = [node for node in self.fx.nodes if node in changed or not changed.isdisjoint(node.all_input_nodes)]
         for node in affected:
             self._lifted.pop(node, None)
-        return affected
+        return list(self.fx.nodes) if thawed else affected
+
+    def _thaw(self) -> bool:
+        """Look again at memory that is written to under several names, some of which may be gone."""
+        frozen = [node for node in self.fx.nodes if "frozen" in node.meta]
+        if not frozen:
+            return False
+        for node in frozen:
+            del node.meta["frozen"]
+        aliasing.make_out_of_place(self.fx, self.modules)
+        if all("frozen" in node.meta for node in frozen):
+            return False
+        self._lifted.clear()
+        self._views = None
+        self.remove_unused()
+        return True
 
     def _shape_twin(self, node: Node, reader: Node) -> str | None:
         """Where else the shape of an absorbed node can be read: at its source, or at the result."""

@@ -6,14 +6,7 @@ everywhere, and nothing computes in less than the precision it was given.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -21,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from reparam.errors import ReparamError
+from reparam.errors import ExportError, ReparamError
+from reparam.export.executorch import ExecuTorch, mute
+from reparam.export.onnx import Onnx
+from reparam.export.openvino import OpenVINO
+from reparam.export.target import Options, Target, quiet
 
 Inputs: TypeAlias = "tuple[Tensor, ...]"
 Call: TypeAlias = Callable[[], Any]
@@ -139,19 +136,33 @@ class CudaGraph(Eager):
         return replay
 
 
-class OnnxRuntime:
+class _Exported:
+    """A runtime that reads the file of an export, written here without free axes."""
+
+    name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    target: ClassVar[Target]
+
+    def require(self) -> None:
+        """Import the runtime, and what writes its files."""
+        try:
+            self.target.require()
+        except ExportError as error:
+            raise Unavailable(str(error)) from error
+
+    def convert(self, model: nn.Module, inputs: Inputs, folder: Path) -> Source:
+        """Write what ``torch.export`` captures."""
+        path = folder / f"model{self.target.suffix}"
+        with quiet(), torch.no_grad():
+            self.target.write(torch.export.export(model, inputs), path, Options())
+        return path
+
+
+class OnnxRuntime(_Exported):
     """ONNX Runtime on the CPU, all of its graph optimisations on."""
 
     name: ClassVar[str] = "onnxruntime"
-    devices: ClassVar[tuple[str, ...]] = ("cpu",)
-
-    def require(self) -> None:
-        """Import onnxruntime, and what PyTorch exports with."""
-        _import(self.name, ("onnxruntime", "onnxscript"), 'pip install "reparam[onnx]"')
-
-    def convert(self, model: nn.Module, inputs: Inputs, folder: Path) -> Source:
-        """Export to ONNX."""
-        return _to_onnx(model, inputs, folder)
+    target: ClassVar[Target] = Onnx()
 
     def load(self, source: Source, inputs: Inputs, threads: int) -> Call:
         """Open a session."""
@@ -167,25 +178,11 @@ class OnnxRuntime:
         return lambda: session.run(None, feed)
 
 
-class OpenVino:
+class OpenVinoRuntime(_Exported):
     """OpenVINO on the CPU, for the least latency."""
 
     name: ClassVar[str] = "openvino"
-    devices: ClassVar[tuple[str, ...]] = ("cpu",)
-
-    def require(self) -> None:
-        """Import OpenVINO."""
-        _import(self.name, ("openvino",), "pip install openvino")
-
-    def convert(self, model: nn.Module, inputs: Inputs, folder: Path) -> Source:
-        """Convert what ``torch.export`` captures, without the detour over ONNX, and keep float32 weights."""
-        import openvino
-
-        path = folder / "model.xml"
-        with quiet():
-            program = torch.export.export(model, inputs)
-            openvino.save_model(openvino.convert_model(program), path, compress_to_fp16=False)
-        return path
+    target: ClassVar[Target] = OpenVINO()
 
     def load(self, source: Source, inputs: Inputs, threads: int) -> Call:
         """Compile for the CPU, and open a request."""
@@ -197,36 +194,18 @@ class OpenVino:
         return lambda: request.infer(feed, share_inputs=True, share_outputs=True).to_tuple()
 
 
-class ExecuTorch:
+class ExecuTorchRuntime(_Exported):
     """ExecuTorch with XNNPACK, as on Android and iOS."""
 
     name: ClassVar[str] = "executorch"
-    devices: ClassVar[tuple[str, ...]] = ("cpu",)
-
-    def require(self) -> None:
-        """Import ExecuTorch and its XNNPACK delegate."""
-        names = ("executorch.runtime", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
-        _import(self.name, names, "pip install executorch")
-
-    def convert(self, model: nn.Module, inputs: Inputs, folder: Path) -> Source:
-        """Export, and hand to XNNPACK what it takes."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-
-        with quiet():
-            exported = torch.export.export(model, inputs)
-            program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
-        path = folder / "model.pte"
-        with path.open("wb") as file:
-            program.write_to_file(file)
-        return path
+    target: ClassVar[Target] = ExecuTorch()
 
     def load(self, source: Source, inputs: Inputs, threads: int) -> Call:
         """Load the program; its pool of threads is one for the process."""
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime as Executor
 
-        with _silent():
+        with mute():
             portable_lib._unsafe_reset_threadpool(threads)
             method = Executor.get().load_program(source).load_method("forward")
         if method is None:
@@ -237,7 +216,7 @@ class ExecuTorch:
 
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
-    for runtime in (Eager(), Inductor(), CudaGraph(), OnnxRuntime(), OpenVino(), ExecuTorch())
+    for runtime in (Eager(), Inductor(), CudaGraph(), OnnxRuntime(), OpenVinoRuntime(), ExecuTorchRuntime())
 }  # fmt: skip
 
 
@@ -255,43 +234,6 @@ def choose(names: Sequence[str] | None, device: str) -> list[Runtime]:
     return [RUNTIMES[name] for name in names or usable]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what converters print, log and warn; what matters of it is raised."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        sink = io.StringIO()
-        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Silence what libraries write to stderr past Python."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _import(name: str, modules: Sequence[str], how: str) -> None:
-    try:
-        with quiet():
-            for module in modules:
-                importlib.import_module(module)
-    except ImportError as error:
-        raise Unavailable(f"{name} is not installed ({error}): {how}") from error
-
-
 def _module(source: Source) -> nn.Module:
     assert isinstance(source, nn.Module)
     return source
@@ -303,12 +245,3 @@ def _without_gradients(function: Callable[..., Any], inputs: Inputs) -> Call:
             return function(*inputs)
 
     return run
-
-
-def _to_onnx(model: nn.Module, inputs: Inputs, folder: Path) -> Path:
-    path = folder / "model.onnx"
-    with quiet():
-        program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
-        assert program is not None
-        program.save(path)
-    return path

@@ -76,7 +76,7 @@ class ExecuTorchModel(nn.Module):
         if not Path(path).is_file():
             raise ExportError(f"{path}: no such file")
         try:
-            with quiet(), _mute():
+            with quiet(), mute():
                 self._program: Any = runtime.Runtime.get().load_program(Path(path).read_bytes())
                 self._method: Any = self._program.load_method("forward")
         except Exception as error:  # what comes out of its C++
@@ -99,7 +99,7 @@ class ExecuTorchModel(nn.Module):
             ExportError: ExecuTorch refuses, such as for inputs of another shape.
         """
         try:
-            with _mute():
+            with mute():
                 outputs = self._method.execute([value.detach().contiguous() for value in inputs])
         except Exception as error:
             raise ExportError(f"ExecuTorch cannot run the model: {reason(error)}") from error
@@ -116,7 +116,7 @@ def _name(target: Any) -> str:
 
 
 @contextlib.contextmanager
-def _mute() -> Iterator[None]:
+def mute() -> Iterator[None]:
     """Without what the runtime's C++ has to say about the processor, which goes past Python's ``sys.stderr``."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

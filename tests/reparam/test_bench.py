@@ -172,7 +172,7 @@ def test_what_fails_is_a_row_and_what_is_wrong_is_not_timed(model: nn.Module, mo
     assert failures["wrong"].startswith("wrong, so not timed: the models disagree: largest relative error 1.0e-02")
     assert failures["shapes"].startswith("wrong, so not timed: the models return different tensors")
     assert failures["fails"] == "ValueError: the reason"
-    assert failures["openvino"].endswith("pip install openvino")
+    assert failures["openvino"].endswith('pip install "reparam[openvino]"')
     assert {row.runtime for row in result.rows if row.timing} == {"eager"}
     assert failures["eager"] == ""
 

@@ -200,6 +200,12 @@ REGRESSIONS: dict[str, tuple[int, Network]] = {
         Step("sum", (1, 1), {"how": "stack"}),
         Step("number", (2,), {"how": "mul", "number": 2}),
     ])),
+    # The other name of memory that is written to was a view of a view, back in the shape of the value itself.
+    "a view that is undone of what is changed": (1, Network(1, [
+        Step("like", (0,)),
+        Step("relu", (0,), {"in_place": True}),
+        Step("sum", (1, 0), {"how": "sum"}),
+    ])),
 }  # fmt: skip
 
 
