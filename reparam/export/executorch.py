@@ -33,6 +33,7 @@ class ExecuTorch(Target):
     runtime = "executorch"
     batch_by_default = False
     bounded = True
+    in_order = True
 
     def write(self, program: ExportedProgram, path: Path, options: Options) -> Written:
         """Lower the program to XNNPACK, and what that does not know to portable operators."""

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from reparam.errors import ExportError, ReparamError, VerificationError
 from reparam.export.image import ImageInput
-from reparam.export.program import Axes, in_half, input_shapes
+from reparam.export.program import Axes, in_half, in_order, input_shapes
 from reparam.export.registry import target_of
 from reparam.export.target import Options, Target, Written, quiet, reason
 from reparam.report import Comparison
@@ -152,6 +152,8 @@ class _Job:
             _check_takes(model, batch)
         if self.options.half and self.target.half == "model":
             model, inputs = in_half(model, inputs)
+        if self.target.in_order:
+            model = in_order(model)
         program = axes.capture(model, inputs)
         shapes = _named_shapes(program, axes, inputs)
         with atomic_writes(self.path, companions=self.target.companions) as path:

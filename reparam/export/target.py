@@ -77,6 +77,7 @@ class Target(ABC):
         batch_by_default: Whether any batch size is tried without being asked for.
         bounded: Whether a free axis needs a largest size.
         half: Whether half precision is computed by the model ("model"), or chosen as the file is written ("writer").
+        in_order: Whether it takes weights in the order of their axes only, not as channels_last has them.
         runs_here: Whether its files can be run on any machine.
         runs_code: Whether loading a file runs what its author chose.
         options: The fields of :class:`Options` that it knows beside ``half`` and ``tolerance``.
@@ -93,6 +94,7 @@ class Target(ABC):
     batch_by_default: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
     half: ClassVar[Literal["model", "writer"]] = "model"
+    in_order: ClassVar[bool] = False
     runs_here: ClassVar[bool] = True
     runs_code: ClassVar[bool] = False
     options: ClassVar[frozenset[str]] = frozenset()

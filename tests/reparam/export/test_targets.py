@@ -93,6 +93,13 @@ def test_any_batch_and_any_size_on_request(tmp_path: Path, model: nn.Module, ima
             compare(Flat(model)(x), loaded(x))
 
 
+@pytest.mark.parametrize("target", QUICK)
+def test_weights_in_another_memory_layout(tmp_path: Path, target: str) -> None:
+    model = nn.Conv2d(3, 4, 3).eval().to(memory_format=torch.channels_last)
+    write(model, tmp_path, target, torch.randn(1, 3, 8, 8))
+    assert not model.weight.is_contiguous()
+
+
 class Several(nn.Module):
     """Two inputs, and a structure of outputs."""
 
