@@ -598,7 +598,7 @@ def _patterns(geometry: Geometry) -> Tensor:
     return torch.stack([centre, mean, torch.cat([along, across])[:channels]])
 
 
-# Blocks of whole networks: token mixers, and a module of two convolutions.
+# Blocks that mix positions only.
 
 
 def _mixer(name: str, geometry: Geometry) -> Geometry:
@@ -669,32 +669,17 @@ def repvit_mixer(*shape: Any, **geometry: Any) -> TokenMixer:
 
 
 @register("repghost")
-class RepGhostModule(Block):
-    """``a(N(W*y) + N(y))`` with ``y = a(N(W1*x))``, W depthwise and ``a`` a ReLU or nothing: cheap features, added.
+class RepGhostBlock(ParallelBlock):
+    """``N(W*x) + N(x)``, W depthwise: what makes ghost features out of features, cheaply.
 
     Chengpeng Chen, Zichao Guo, Haien Zeng, Pengfei Xiong, Jian Dong. *RepGhost: A Hardware-Efficient Ghost Module via
-    Re-parameterization.* arXiv:2211.06088, 2022, section 3.2. It is a 1x1 convolution, an activation, and one depthwise
-    convolution: an addition where GhostNet concatenates, and a norm in the shortcut.
+    Re-parameterization.* arXiv:2211.06088, 2022, section 3.2: an addition where GhostNet concatenates, with a norm in
+    the shortcut. The paper's module is a plain 1x1 convolution with its norm and ReLU, this block, and another ReLU.
 
-    Arguments, shapes and errors of :class:`Block`; stride and groups are those of the 1x1 convolution, and the
-    depthwise convolution keeps the size. And:
-
-    Args:
-        activation: Whether there are ReLUs. A bottleneck's second module has none.
+    Arguments, shapes and errors of :class:`Block`; ``groups`` is like both channels, and must be given.
     """
 
-    def __init__(self, *shape: Any, activation: bool = True, **geometry: Any) -> None:
+    def __init__(self, *shape: Any, **geometry: Any) -> None:
         super().__init__(*shape, **geometry)
-        g = self.geometry
-        out = g.out_channels
-        cheap = _mixer("the cheap operation", Geometry.of(out, out, g.kernel_size, 1, g.padding, g.dilation, out))
-        self.primary = nn.Conv2d(g.in_channels, out, 1, g.stride, groups=g.groups, bias=False)
-        self.norm = nn.BatchNorm2d(out)
-        self.cheap, self.shortcut = cheap.branch(g.kernel_size), nn.BatchNorm2d(out)
-        self.activation = nn.ReLU() if activation else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``."""
-        primary = self.activation(self.norm(self.primary(x)))
-        ghosts: Tensor = self.activation(self.cheap(primary) + self.shortcut(primary))
-        return ghosts
+        g = _mixer("RepGhost's cheap operation", self.geometry)
+        self.branches.extend([g.branch(g.kernel_size), *_identity_norm(g)])

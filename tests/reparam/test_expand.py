@@ -128,7 +128,7 @@ def test_any_convolution(name, data, seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel"), [("replk", 9), ("dilated", 7), ("ecb", 3), ("repmixer", 5), ("repvit", 3), ("repmixer", 1)]
+    ("name", "kernel"), [("replk", 9), ("dilated", 7), ("ecb", 3), ("repmixer", 5), ("repvit", 3), ("repghost", 5)]
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_blocks_for_some_convolutions(name, kernel, bias):
@@ -399,6 +399,10 @@ def larger(columns: int, rows: int, size: tuple[int, int], **geometry: object) -
     return nn.Conv2d(columns, rows, 5, **geometry | {"padding": 2})
 
 
+def two(in_channels: int, out_channels: int, *shape: int, **geometry: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Conv2d(4, out_channels, *shape, **geometry))
+
+
 def nonlinear(*shape: int, **geometry: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(*shape, **geometry), nn.ReLU())
 
@@ -413,7 +417,7 @@ def nonlinear(*shape: int, **geometry: int) -> nn.Module:
         (no_bias, "cannot be given the convolution's bias"),
         (larger, "compiles to conv2d.*5x5.*, and not to Conv2d"),
         (nonlinear, "is not one convolution; reparam.explain"),
-        ("repghost", "is not one convolution"),
+        (two, "is not one convolution"),
     ],
 )
 def test_what_is_no_block(small, block, complaint):
