@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def training_model(name: str) -> tuple[nn.Module, Tensor]:
     model = randomise(timm.create_model(name, pretrained=False)).eval()
     size = timm.get_pretrained_cfg(name).input_size
     return model, torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+
+
+def cell(counts: Sequence[int], error: float, failure: str, allowed: float) -> str:
+    """Return what a table says of one way: its counts, how wrong it is if it is, or why it failed."""
+    if failure:
+        return f"fails: {failure}"
+    wrong = f" WRONG by {error:.0e}" if not error < allowed else ""
+    return " / ".join(map(str, counts)) + wrong
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:

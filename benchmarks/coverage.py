@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import reparam
-from common import console, count_calls, parser, relative_error, reparameterize_model, training_model, write_json
+from common import cell, console, count_calls, parser, relative_error, reparameterize_model, training_model, write_json
 
 MODELS = [
     "repvit_m0_9",
@@ -61,10 +61,8 @@ class Outcome:
     failure: str = ""
 
     def __str__(self) -> str:
-        if self.failure:
-            return f"fails: {self.failure}"
-        wrong = f" WRONG by {self.error:.0e}" if not self.error < WRONG else ""
-        return f"{self.products} / {self.norms} / {self.elementwise} / {self.kernels}{wrong}"
+        counts = (self.products, self.norms, self.elementwise, self.kernels)
+        return cell(counts, self.error, self.failure, WRONG)
 
 
 @torch.no_grad()

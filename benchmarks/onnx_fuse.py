@@ -9,11 +9,7 @@ in onnxruntime with all of its optimisations off, on two batch sizes, and compar
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import reparam
-from common import console, parser, training_model, write_json
+from common import cell, console, parser, training_model, write_json
+from reparam.export.target import quiet
 from reparam.onnx import fuse_onnx
 
 MODELS = ["repvit_m0_9", "repvgg_a0", "mobileone_s0"]
@@ -48,10 +45,7 @@ class Outcome:
     failure: str = ""
 
     def __str__(self) -> str:
-        if self.failure:
-            return f"fails: {self.failure}"
-        wrong = f" WRONG by {self.error:.0e}" if not self.error < WRONG else ""
-        return f"{self.convolutions} / {self.norms} / {self.nodes}{wrong}"
+        return cell((self.convolutions, self.norms, self.nodes), self.error, self.failure, WRONG)
 
 
 def torchscript(model: nn.Module, image: Tensor, path: Path) -> None:
@@ -128,19 +122,6 @@ def outcome(way: Callable[[Path, Path], None], source: Path, result: Path, image
     except Exception as exception:  # whatever a tool raises is its result
         return Outcome(failure=f"{type(exception).__name__}: {str(exception).partition(chr(10))[0]}")
     return Outcome(sum(map(kinds.count, CONVOLUTIONS)), kinds.count("BatchNormalization"), len(kinds), error)
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    logging.disable(logging.ERROR)
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
 
 
 def measure(name: str, exporters: list[str], folder: Path) -> tuple[dict[str, dict[str, Outcome]], int]:

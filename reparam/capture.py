@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam import aliasing, aten, facts
 from reparam.constants import has_activation, meeting_activations
-from reparam.errors import CaptureError
+from reparam.errors import CaptureError, first_line
 from reparam.report import Remark
 
 # All that ``nn.Module`` keeps of hooks that run when it is called.
@@ -110,7 +110,7 @@ def trace(
             for module in modules.values():
                 state.check(module)
     except Exception as error:
-        remark = Remark("capture", "Trace", "", f"not traceable, kept as Python: {_reason(error)}")
+        remark = Remark("capture", "Trace", "", f"not traceable, kept as Python: {first_line(error)}")
         return Capture(root, Graph(), modules, storages, [*tracer.remarks, remark], traced=False)
     finally:
         # What a forward leaves behind on its module while being traced is of no use, and may be a proxy.
@@ -124,12 +124,6 @@ def trace(
         # Annotations may be strings or local names, which a pickle cannot import.
         node.type = None
     return Capture(root, graph, modules, storages, tracer.remarks)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, for a remark."""
-    text = str(error).strip().splitlines()
-    return f"{text[0] if text else type(error).__name__}"
 
 
 # The private copy.
@@ -745,7 +739,7 @@ class _Tracer(torch.fx.Tracer):
             self.module_stack.clear()
             self.module_stack.update(stack)
             del self.remarks[remarks:]
-            reason = f"{type(m).__name__} is not traceable, kept as it is: {_reason(error)}"
+            reason = f"{type(m).__name__} is not traceable, kept as it is: {first_line(error)}"
             self.remarks.append(Remark("capture", "Trace", path, reason))
             return self._call_leaf(m, path, args, kwargs)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,25 +23,14 @@ from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
+from reparam.timing import collector_paused
 from reparam.verify import TOLERANCES, LargestMagnitude, as_call, compare, doubled, run
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without the garbage collector, which would walk all nodes again and again: what is made here is in use."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collector_paused()
+@collector_paused()  # it would walk all nodes again and again, and what is made here is in use
 def compile(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,

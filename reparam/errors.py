@@ -50,3 +50,18 @@ class ModelError(ReparamError):
 
 class ExportError(ReparamError):
     """A compiled model could not be written in the format asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong underneath, and its type: exporters wrap it several times. One of ours says enough by itself."""
+    while error.__cause__ is not None and not isinstance(error, ReparamError):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" \t#=-")]
+    if isinstance(error, ReparamError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

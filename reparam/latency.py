@@ -22,7 +22,7 @@ from reparam.algebra import AnyConv, Conv, Operator
 from reparam.compiled import CompiledModel
 from reparam.cost import Choice, Cost
 from reparam.decisions import Decision, Decisions
-from reparam.errors import ReparamError, VerificationError
+from reparam.errors import ReparamError, VerificationError, first_line
 from reparam.report import Remark
 from reparam.rewrite import Graph
 from reparam.text import operator_text, text
@@ -267,8 +267,7 @@ class Race:
             made = model.rebuilt(*variants.apply(variant, model, self._shapes(model)))
             compare(run(model, *self.call) if expected is None else expected, run(made, *self.call))
         except (RuntimeError, ValueError, VerificationError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.remarks.append(Remark("missed", "Latency", "", f"{variant}: {reason}"))
+            self.remarks.append(Remark("missed", "Latency", "", f"{variant}: {first_line(error)}"))
             return None
         return made
 

@@ -7,7 +7,6 @@ says of a model is escaped: names of modules are untrusted.
 from __future__ import annotations
 
 import datetime
-import gc
 import math
 import platform
 import time as clock
@@ -368,17 +367,12 @@ def time(
         "training graph, eager": lambda: trained(*args, **kwargs),
         "compiled graph, eager": lambda: compiled(*args, **kwargs),
     }
-    gc.collect()
-    gc.freeze()  # what there is already need not be walked before every run
-    try:
-        with torch.inference_mode():
-            start = clock.perf_counter()
-            timing.measure(contestants, 2)
-            round_seconds = (clock.perf_counter() - start) / 3
-            fewest, most = _ROUNDS
-            measured = timing.measure(contestants, min(max(fewest, int(seconds / round_seconds)), most), warmups=0)
-    finally:
-        gc.unfreeze()
+    with torch.inference_mode():
+        start = clock.perf_counter()
+        timing.measure(contestants, 2)
+        round_seconds = (clock.perf_counter() - start) / 3
+        fewest, most = _ROUNDS
+        measured = timing.measure(contestants, min(max(fewest, int(seconds / round_seconds)), most), warmups=0)
     conditions = f"{_shapes(example_inputs)}, {_plural(torch.get_num_threads(), 'thread')}, PyTorch"
     return Chart(conditions, tuple(Latency(name, it, "compiled" in name) for name, it in measured.items()))
 

@@ -6,7 +6,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,13 +40,30 @@ def measure(
     for run in list(contestants.values()) * warmups:
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for index in range(rounds):
-        for name in in_turn(contestants, index):
-            gc.collect()
-            start = clock()
-            contestants[name]()
-            seconds[name].append(clock() - start)
+    gc.collect()
+    gc.freeze()  # what there is already need not be walked before every run
+    try:
+        for index in range(rounds):
+            for name in in_turn(contestants, index):
+                gc.collect()
+                start = clock()
+                contestants[name]()
+                seconds[name].append(clock() - start)
+    finally:
+        gc.unfreeze()
     return {name: summarise(values) for name, values in seconds.items()}
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without the garbage collector."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def in_turn(contestants: Iterable[KeyT], index: int) -> list[KeyT]:

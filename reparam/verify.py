@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator, Pad
-from reparam.errors import VerificationError
+from reparam.errors import VerificationError, first_line
 from reparam.report import Comparison
 
 if TYPE_CHECKING:
@@ -95,15 +95,11 @@ def _certify_together(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> 
                 expected = evaluate(graph, node, dict(env))
             except Exception as error:
                 raise Uncertifiable(
-                    f"the shapes on the way are not known ({_first_line(error)}); pass example_inputs"
+                    f"the shapes on the way are not known ({first_line(error)}); pass example_inputs"
                 ) from error
             actual = evaluate(graph, node, dict(env), changed)
             largest = max(largest, _check(actual, [expected], where, rule))
     return largest
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:

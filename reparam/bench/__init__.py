@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import reparam
-from reparam.bench.race import Benchmark, Progress, Row, Settings, race, reason
+from reparam.bench.race import Benchmark, Progress, Row, Settings, race
 from reparam.bench.runtimes import RUNTIMES, Runtime
-from reparam.errors import ReparamError
+from reparam.errors import ReparamError, reason
 
 __all__ = ["RUNTIMES", "Benchmark", "Row", "Runtime", "Settings", "bench", "graphs_of", "race"]
 

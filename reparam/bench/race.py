@@ -23,7 +23,7 @@ from reparam import measure, timing
 from reparam.bench.memory import peak_memory
 from reparam.bench.peak import products, rate
 from reparam.bench.runtimes import Call, Inputs, Runtime, Source, choose, outputs
-from reparam.errors import ReparamError, VerificationError
+from reparam.errors import ReparamError, VerificationError, reason
 from reparam.timing import Timing
 from reparam.verify import TOLERANCES, compare
 
@@ -351,7 +351,8 @@ def sample(calls: Mapping[KeyT, Call], settings: Settings, timer: Timer, tell: P
         tell(done, len(calls), "warming up")
         for _ in range(_WARMUPS):
             call()
-    with _no_garbage():
+    gc.collect()  # now, and not in the middle of somebody's turn
+    with timing.collector_paused():
         started = time.perf_counter()
         for index in itertools.count():
             spent = time.perf_counter() - started
@@ -361,16 +362,6 @@ def sample(calls: Mapping[KeyT, Call], settings: Settings, timer: Timer, tell: P
             for key in timing.in_turn(calls, index):
                 seconds[key].append(timer(calls[key]))
     raise AssertionError  # count() never ends
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what went wrong underneath: exporters wrap it several times."""
-    while error.__cause__ is not None and not isinstance(error, ReparamError):
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" \t#=-")]
-    if isinstance(error, ReparamError):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _about(inputs: Inputs, settings: Settings) -> dict[str, Any]:
@@ -409,16 +400,3 @@ def _one_setting_of_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Without the garbage collector, which would run in the middle of somebody's turn."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -113,7 +113,7 @@ def _is_machine_code(path: Path) -> bool:
         return False  # which reading it as a checkpoint will say better
 
 
-def compiled(path: Path, network: Network, inputs: Any, progress: Bar, **options: Any) -> nn.Module:
+def compiled(source: Path | str, network: Network, inputs: Any, progress: Bar, **options: Any) -> nn.Module:
     """The deploy model of a network; what goes wrong says which file it was."""
     import reparam
     from reparam.errors import CaptureError
@@ -121,9 +121,9 @@ def compiled(path: Path, network: Network, inputs: Any, progress: Bar, **options
     try:
         return reparam.compile(network.model, inputs, progress=progress, **options)
     except VerificationError as error:
-        raise VerificationError(f"{path}: {error}; nothing was written", error.comparison) from error
+        raise VerificationError(f"{source}: {error}; nothing was written", error.comparison) from error
     except CaptureError as error:
-        raise CaptureError(f"{path}: {error}") from error
+        raise CaptureError(f"{source}: {error}") from error
 
 
 def example_of(network: Network, how: Reading) -> Any:

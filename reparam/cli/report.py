@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reparam.cli.files import Reading, deploy_metadata, inputs_of, parse_shape, read, resolve
+from reparam.cli.files import Reading, compiled, deploy_metadata, inputs_of, parse_shape, read, resolve
 from reparam.cli.shell import Bar, Debug, Ema, InputSize, Model, Quiet, UnsafeLoad
-from reparam.errors import CaptureError, ModelError, ReparamError, VerificationError
+from reparam.errors import ModelError, ReparamError
 
 if TYPE_CHECKING:
     from reparam.checkpoint import Network
@@ -54,7 +54,6 @@ def report(
     if output.suffix not in (".html", ".htm"):
         raise ReparamError(f"{output}: the output must end in .html")
     with Bar(quiet) as bar:
-        import reparam
         from reparam import page
         from reparam.storage import check_destination
 
@@ -62,12 +61,7 @@ def report(
         check_destination(output, never=(file,) if is_file else ())
         charts = [] if bench is None else [_read_bench(bench)]
         inputs = inputs_of(network, how)
-        try:
-            deploy = reparam.compile(network.model, inputs, progress=bar)
-        except VerificationError as error:
-            raise VerificationError(f"{source}: {error}; nothing was written", error.comparison) from error
-        except CaptureError as error:
-            raise CaptureError(f"{source}: {error}") from error
+        deploy = compiled(source, network, inputs, bar)
         if inputs is not None and not no_latency:
             bar(None, None, "timing")
             charts.insert(0, page.time(network.model, deploy, inputs))

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from reparam.errors import ExportError
-from reparam.export.target import Options, Target, Written, quiet, reason
+from reparam.errors import ExportError, reason
+from reparam.export.target import Options, Target, Written, quiet
 from reparam.export.torch_export import operators_of
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from reparam.errors import ExportError
-from reparam.export.target import Options, Target, Written, quiet, reason, require
+from reparam.errors import ExportError, reason
+from reparam.export.target import Options, Target, Written, quiet, require
 from reparam.export.torch_export import operators_of
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from reparam.errors import ExportError, ReparamError, VerificationError
+from reparam.errors import ExportError, ReparamError, VerificationError, reason
 from reparam.export.image import ImageInput
 from reparam.export.program import Axes, in_half, in_order, input_shapes
 from reparam.export.registry import target_of
-from reparam.export.target import Options, Target, Written, quiet, reason
+from reparam.export.target import Options, Target, Written, quiet
 from reparam.report import Comparison
 from reparam.storage import atomic_writes
 from reparam.verify import run

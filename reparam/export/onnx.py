@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from reparam.errors import ExportError
+from reparam.errors import ExportError, reason
 from reparam.export.program import axis_names
-from reparam.export.target import Options, Target, Written, reason, require
+from reparam.export.target import Options, Target, Written, require
 
 
 class Onnx(Target):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from reparam.errors import ExportError
+from reparam.errors import ExportError, reason
 from reparam.export.target import half as halved
-from reparam.export.target import quiet, reason
+from reparam.export.target import quiet
 
 LARGEST_BATCH = 8
 LARGEST_GROWTH = 2

@@ -218,11 +218,3 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(previous)
         logging.root.handlers[:] = handlers  # some packages install one of their own when they warn
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what went wrong underneath: exporters wrap it several times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" \t#=-")]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

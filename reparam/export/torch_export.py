@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from reparam.errors import ExportError
-from reparam.export.target import Options, Target, Written, quiet, reason
+from reparam.errors import ExportError, reason
+from reparam.export.target import Options, Target, Written, quiet
 
 
 class TorchExport(Target):
