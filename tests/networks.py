@@ -225,7 +225,7 @@ LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 }  # fmt: skip
 
 
-def _sum(how: str, terms: Sequence[Tensor]) -> Tensor:
+def add_up(how: str, terms: Sequence[Tensor]) -> Tensor:
     match how:
         case "sum":
             return sum(terms)
@@ -272,7 +272,7 @@ SCALARS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "sum": lambda o, p, *xs: _sum(o["how"], xs),
+    "sum": lambda o, p, *xs: add_up(o["how"], xs),
     "product": lambda o, p, x, y: x * y,
     "gate": lambda o, p, x: x * torch.sigmoid(x.mean(o["axes"], keepdim=True)),
     "number": lambda o, p, x: SCALARS[o["how"]](x, o["number"]),
@@ -380,7 +380,7 @@ class Network(nn.Module):
                     *xs, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.1, layer.eps
                 )
             case "branches":
-                return _sum(step.options["how"], [branch(*xs) for branch in layer])
+                return add_up(step.options["how"], [branch(*xs) for branch in layer])
         return layer(*xs)
 
     def forward(self, x: Tensor) -> Any:
@@ -832,7 +832,7 @@ class Tree(nn.Module):
             return -values[0]
         if how == "twice":
             return values[0] + values[0]
-        return _sum(how, values)
+        return add_up(how, values)
 
 
 @st.composite

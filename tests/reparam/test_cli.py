@@ -17,29 +17,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
 
 import reparam
+from commands import failure, run
 from reparam import cli, models, storage
 from reparam.timing import Timing
 from support import randomise
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-def run(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def failure(*args: object, code: int = 2) -> str:
-    """The one line on stderr of a command that fails, and prints nothing else."""
-    result = run(*args, code=code)
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr.removeprefix("error: ").rstrip("\n")
 
 
 @pytest.fixture(scope="module")

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner, Result
 
-from reparam import cli, models
+import commands
+from reparam import models
 from reparam.bench import Benchmark, Row
 from reparam.cli import bench as command
 
 QUICK = ("--runtimes", "eager", "--rounds", "2", "--no-memory")
 
 
-def run(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli.app, ["bench", *map(str, args)])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def failure(*args: object) -> str:
-    """The one line on stderr of a command that fails, and prints nothing else."""
-    result = run(*args, code=2)
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr.removeprefix("error: ").rstrip("\n")
+run, failure = partial(commands.run, "bench"), partial(commands.failure, "bench")
 
 
 def test_a_known_model_in_a_table_and_a_chart(tmp_path: Path) -> None:

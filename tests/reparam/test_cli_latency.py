@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import reparam
-from reparam import cli, latency, models
+from commands import run
+from reparam import latency, models
 from reparam.timing import Duel
 from support import randomise
-
-
-def run(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import reparam
 from reparam.capture import private_copy
 from reparam.verify import compare
-from support import randomise
+from support import Net, randomise
 
 
 class Block(nn.Module):
@@ -34,14 +34,8 @@ class Block(nn.Module):
         return self.norm(self.large(x))
 
 
-class Parent(nn.Module):
+class Parent(Net):
     """Python that asks for a value before anything else, and so cannot be traced."""
-
-    def __init__(self, forward: Callable[..., Any], **children: Any) -> None:
-        super().__init__()
-        self.function = forward
-        for name, child in children.items():
-            setattr(self, name, child)
 
     def forward(self, x: Any, **more: Any) -> Any:
         if x.sum() > 1e12:

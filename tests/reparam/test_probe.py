@@ -15,7 +15,7 @@ import reparam
 from reparam.algebra import ChannelAffine, Conv
 from reparam.capture import capture
 from reparam.probe import _probed, _Read, probe
-from support import randomise
+from support import Net, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 
@@ -32,17 +32,8 @@ def find(module: nn.Module, channels: int = 4, rank: int = 4, axis: int | None =
     return None if found is None else found.operator
 
 
-class Function(nn.Module):
+class Function(Net):
     """A module around a function of itself and its input."""
-
-    def __init__(self, function: Any, **attributes: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Any) -> Any:
-        return self.function(self, x)
 
 
 # Modules that are convolutions.
