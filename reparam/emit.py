@@ -6,6 +6,7 @@ This is where float64 ends: each number is rounded once, when its layer is made.
 from __future__ import annotations
 
 import itertools
+import keyword
 import operator as python_operators
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -263,19 +264,19 @@ def _has_name(node: Node) -> bool:
 
 
 def _rename_reserved(graph: Graph, used: dict[str, Any]) -> None:
-    """Move what lies under a name that a graph module needs itself, such as ``graph`` or ``code``."""
+    """Move what lies under a name that a graph module needs itself, or that is a keyword in the code that it runs."""
     for node in graph.fx.nodes:
-        if _has_name(node) and _is_reserved(str(node.target)):
-            first, dot, rest = str(node.target).partition(".")
-            path = f"{first}_{dot}{rest}"
+        if _has_name(node) and (path := _permitted(str(node.target))) != node.target:
             used[path] = _lookup(graph, str(node.target))
             used.pop(str(node.target), None)
             node.target = path
 
 
-def _is_reserved(path: str) -> bool:
-    first = path.partition(".")[0]
-    return hasattr(torch.fx.GraphModule, first) or first in ("meta", "report")
+def _permitted(path: str) -> str:
+    """A path, with an underscore after each name that a graph module cannot have there: ``graph``, ``class``."""
+    first, *others = path.split(".")
+    taken = hasattr(torch.fx.GraphModule, first) or first in ("meta", "report") or keyword.iskeyword(first)
+    return ".".join([first + "_" * taken, *(name + "_" * keyword.iskeyword(name) for name in others)])
 
 
 def _lookup(graph: Graph, path: str) -> Any:
@@ -380,7 +381,9 @@ class _Names:
 
     def _is_free(self, path: str, node: Node) -> bool:
         """Whether no other layer is at, below or above ``path``, and none will have to be."""
-        busy = _is_reserved(path) or path in self.around or any(prefix in self.taken for prefix in _prefixes(path))
+        busy = (
+            _permitted(path) != path or path in self.around or any(prefix in self.taken for prefix in _prefixes(path))
+        )
         return not busy and self.homes.get(path, set()) <= {node}
 
 
