@@ -70,6 +70,9 @@ def activation_of(node: Node, module: nn.Module | None) -> str | None:
     return name if name in _ACTIVATIONS and not settings else None
 
 
+_SMALL = 20480  # numbers
+
+
 class PreparedConv2d(nn.Conv2d):
     """``activation(W * x + b)``, with the kernel kept once more, as oneDNN wants it.
 
@@ -124,7 +127,7 @@ class PreparedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """``activation(W * x + b)``; shapes as for ``nn.Conv2d``."""
         activation = _ACTIVATIONS[self.activation]
-        if not self._is_plain_call(x):
+        if not self._is_plain_call(x) or self._starts_sooner_by_itself(x):
             return activation.function(super().forward(x))
         operation = torch.ops.mkldnn._convolution_pointwise
         geometry = (self.padding, self.stride, self.dilation, self.groups)
@@ -142,6 +145,13 @@ class PreparedConv2d(nn.Conv2d):
             return False
         trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return not trained and weight.device == x.device and x.numel() > 0 and not _is_watched()
+
+    def _starts_sooner_by_itself(self, x: Tensor) -> bool:
+        """Whether PyTorch would not call oneDNN, either (``use_mkldnn`` in ATen's Convolution.cpp).
+
+        That takes longer to start than the few multiply-adds of a squeeze-and-excitation module take.
+        """
+        return len(x) == 1 and self.groups == 1 and max(self.kernel_size) <= 3 and x.numel() <= _SMALL
 
 
 def is_available() -> bool:

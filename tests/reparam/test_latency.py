@@ -295,14 +295,15 @@ def test_a_file_is_written_and_completed(tmp_path: Path, monkeypatch):
     assert json.loads(path.read_text()) == complete
 
 
-def test_a_decision_by_hand_is_obeyed(decided):
-    net, x, kept, _ = decided
-    plain = {
-        key: {"pick": "contiguous" if "contiguous" in value.seconds else value.pick} for key, value in kept.items()
-    }
-    data = {**kept.to_dict(), "choices": plain}
-    result = reparam.compile(net, x, optimize="latency", decisions=data)
-    assert not any(isinstance(layer, PreparedConv2d) for layer in result.modules()) or "contiguous" not in str(plain)
+def test_a_decision_by_hand_is_obeyed(monkeypatch):
+    monkeypatch.setattr(latency, "duel", lambda first, second: Duel(2.0, 1.0, 10, 1))
+    net, x, kept = viewing().float(), torch.randn(1, 3, 12, 12), Decisions()
+    fast = reparam.compile(net, x, optimize="latency", decisions=kept)
+    assert any(isinstance(layer, PreparedConv2d) for layer in fast.modules())
+    monkeypatch.setattr(latency, "duel", never)
+    by_hand = {key: {"pick": "size" if "size" in value.seconds else value.pick} for key, value in kept.items()}
+    result = reparam.compile(net, x, optimize="latency", decisions={**kept.to_dict(), "choices": by_hand})
+    assert not any(isinstance(layer, PreparedConv2d) for layer in result.modules())
 
 
 DAMAGED = {

@@ -48,7 +48,7 @@ def fast_calls(module: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("activation", _ACTIVATIONS)
 def test_every_activation_and_geometry(settings, activation):
     plain, prepared = pair(activation, **settings)
-    for size in ((1, 8, 14, 14), (2, 8, 9, 11)):
+    for size in ((1, 8, 9, 11), (1, 8, 52, 51), (2, 8, 9, 11)):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = (3 * torch.randn(size)).contiguous(memory_format=layout)
             torch.testing.assert_close(prepared(x), expected(plain, activation, x), rtol=1e-5, atol=1e-5)
@@ -64,20 +64,20 @@ def test_it_has_the_parameters_of_the_layer_that_it_is():
 
 
 def test_a_changed_weight_is_noticed():
-    x = torch.randn(1, 8, 6, 6)
+    x = torch.randn(2, 8, 6, 6)
     plain, prepared = pair(**GEOMETRIES[0])
     prepared(x)
     with torch.no_grad():
         plain.weight.mul_(2.0)
     torch.testing.assert_close(prepared(x), plain(x))
     prepared.load_state_dict({"weight": torch.ones(8, 8, 1, 1), "bias": torch.zeros(8)})
-    torch.testing.assert_close(prepared(x), x.sum(1, keepdim=True).expand(1, 8, 6, 6))
+    torch.testing.assert_close(prepared(x), x.sum(1, keepdim=True).expand(2, 8, 6, 6))
     prepared.weight = nn.Parameter(torch.zeros(8, 8, 1, 1), requires_grad=False)
     assert not prepared(x).any()
 
 
 def test_copies_and_pickles_have_weights_of_their_own():
-    x = torch.randn(1, 8, 6, 6)
+    x = torch.randn(2, 8, 6, 6)
     _plain, prepared = pair("gelu", **GEOMETRIES[0])
     before = prepared(x)
     for twin in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
@@ -85,6 +85,15 @@ def test_copies_and_pickles_have_weights_of_their_own():
         with torch.no_grad():
             twin.weight.zero_()
         assert torch.equal(prepared(x), before)
+
+
+def test_a_single_small_map_takes_the_kernels_that_start_sooner():
+    _plain, prepared = pair(**GEOMETRIES[0])
+    assert fast_calls(prepared, torch.randn(1, 8, 50, 50)) == 0
+    assert fast_calls(prepared, torch.randn(1, 8, 52, 52)) == 1
+    assert fast_calls(prepared, torch.randn(2, 8, 1, 1)) == 1
+    _plain, depthwise = pair(**GEOMETRIES[2])
+    assert fast_calls(depthwise, torch.randn(1, 8, 9, 9)) == 1
 
 
 @pytest.mark.parametrize("how", ["float64", "bfloat16", "gradients", "counted", "inference", "no batch", "empty"])
