@@ -29,7 +29,7 @@ from torch.overrides import get_overridable_functions
 from reparam.checkpoint import mismatch
 from reparam.emit import Affine
 from reparam.errors import CheckpointError, ExportError
-from reparam.prepared import PreparedConv2d
+from reparam.prepared import PREPARED
 
 Data = Any  # what json.dumps takes: None, bool, int, float, str, list, dict
 
@@ -380,7 +380,8 @@ def layer_classes() -> dict[str, type[nn.Module]]:
     """The layers a description may construct, by name: those of ``torch.nn`` that take plain data, and our own."""
     never = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.DataParallel)
     lazy = nn.modules.lazy.LazyModuleMixin
-    return {"reparam.Affine": Affine, "reparam.PreparedConv2d": PreparedConv2d} | {
+    own: tuple[type[nn.Module], ...] = (Affine, *PREPARED)
+    return {f"reparam.{cls.__name__}": cls for cls in own} | {
         name: cls
         for name, cls in vars(nn).items()
         if isinstance(cls, type) and issubclass(cls, nn.Module) and cls is not nn.Module

@@ -1,4 +1,4 @@
-"""The same graph, run differently: how feature maps lie in memory, and how convolutions are called.
+"""The same graph, run differently: how feature maps lie in memory, and how layers are called.
 
 Neither changes what is computed, which model gains by which differs from machine to machine, and
 :mod:`reparam.latency` measures it.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from reparam import aliasing
-from reparam.prepared import PreparedConv2d, activation_of
+from reparam.prepared import activation_of, can_be_prepared, prepared
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Variant:
 
     Attributes:
         channels_last: Whether the channels of a pixel lie side by side in memory, instead of the pixels of a channel.
-        prepared: Whether convolutions are :class:`reparam.prepared.PreparedConv2d`.
+        prepared: Whether layers that can be are :class:`reparam.prepared.Prepared`.
     """
 
     channels_last: bool = False
@@ -32,7 +32,7 @@ class Variant:
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{layout}, prepared convolutions" if self.prepared else layout
+        return f"{layout}, prepared layers" if self.prepared else layout
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -48,7 +48,7 @@ def possible(model: nn.Module) -> list[Variant]:
     layers = list(model.modules())
     if any(isinstance(layer, nn.Conv2d) and layer.weight.dim() == 4 for layer in layers) and _owns_its_values(model):
         found.append(Variant(channels_last=True))
-    if any(PreparedConv2d.fits(layer) for layer in layers):
+    if any(map(can_be_prepared, layers)):
         found += [Variant(variant.channels_last, prepared=True) for variant in found]
     return found
 
@@ -83,9 +83,8 @@ def apply(variant: Variant, model: GraphModule, shapes: Mapping[str, torch.Size]
 
 def layer(variant: Variant, made: nn.Module) -> nn.Module:
     """A layer as a variant would have it, without the activation behind it."""
-    if variant.prepared and PreparedConv2d.fits(made):
-        assert isinstance(made, nn.Conv2d)
-        made = PreparedConv2d.of(made)
+    if variant.prepared:
+        made = prepared(made) or made
     return _with_channels_last(made) if variant.channels_last else made
 
 
@@ -99,16 +98,16 @@ def _lookup(model: nn.Module, path: str) -> Any:
 
 
 def _prepare(graph: Graph, used: dict[str, Any]) -> None:
-    """Exchange convolutions for prepared ones, which take in the activation that alone reads them."""
+    """Exchange layers for prepared ones, which take in the activation that alone reads them."""
     calls: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_module" and PreparedConv2d.fits(used[str(node.target)]):
+        if node.op == "call_module" and can_be_prepared(used[str(node.target)]):
             calls.setdefault(str(node.target), []).append(node)
     for path, nodes in calls.items():
         readers = [next(iter(node.users)) if len(node.users) == 1 else None for node in nodes]
         names = {None if reader is None else _activation(reader, used) for reader in readers}
         activation = names.pop() if len(names) == 1 else None
-        used[path] = PreparedConv2d.of(used[path], activation or "")
+        used[path] = prepared(used[path], activation or "")
         if activation:
             for node, reader in zip(nodes, readers, strict=True):
                 assert reader is not None

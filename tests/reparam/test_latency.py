@@ -191,7 +191,7 @@ def test_parts_of_python_that_stays_are_decided_on_too(wins):
     assert_same(net, fast, x)
 
 
-# Layout, and prepared convolutions.
+# Layout, and prepared layers.
 
 
 def viewing() -> nn.Module:
@@ -243,7 +243,7 @@ def test_a_variant_that_fails_is_left_out_with_a_remark(wins, monkeypatch):
     fast = reparam.compile(net, x, optimize="latency")
     left = [remark.message for remark in fast.report.missed if remark.rule == "Latency"]
     assert left == [
-        "contiguous, prepared convolutions: no such kernel", "channels_last, prepared convolutions: no such kernel"
+        "contiguous, prepared layers: no such kernel", "channels_last, prepared layers: no such kernel"
     ]  # fmt: skip
 
 

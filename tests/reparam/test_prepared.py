@@ -1,19 +1,23 @@
-"""Convolutions made ready for the processor: the same function, the same parameters, and plain wherever it matters."""
+"""Layers made ready for the processor: the same function, the same parameters, and plain wherever it matters."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 import reparam
 from reparam.compiled import CompiledModel
-from reparam.prepared import _ACTIVATIONS, PreparedConv2d, is_available
+from reparam.prepared import _ACTIVATIONS, Prepared, PreparedConv2d, PreparedLinear, is_available
 from reparam.variants import Variant, apply
 from support import Net, count_calls
 
@@ -33,15 +37,34 @@ def pair(activation: str = "", **settings: object) -> tuple[nn.Conv2d, PreparedC
     return plain, PreparedConv2d.of(plain, activation)
 
 
-def expected(plain: nn.Conv2d, activation: str, x: Tensor) -> Tensor:
+def linear_pair(
+    activation: str = "", inputs: int = 12, outputs: int = 20, bias: bool = True
+) -> tuple[nn.Linear, PreparedLinear]:
+    torch.manual_seed(0)
+    plain = nn.Linear(inputs, outputs, bias).requires_grad_(False).eval()
+    return plain, PreparedLinear.of(plain, activation)
+
+
+KINDS = {
+    "convolution": (lambda: pair("hardswish", **GEOMETRIES[0]), (2, 8, 5, 5)),
+    "matrix product": (lambda: linear_pair("hardswish"), (2, 7, 12)),
+}
+kinds = pytest.mark.parametrize(("make", "shape"), KINDS.values(), ids=KINDS)
+
+
+def expected(plain: nn.Module, activation: str, x: Tensor) -> Tensor:
     return _ACTIVATIONS[activation].function(plain(x))
 
 
+def assert_as_plain(prepared: Prepared, plain: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(prepared(x), expected(plain, prepared.activation, x), rtol=1e-5, atol=1e-5)
+
+
 def fast_calls(module: nn.Module, x: Tensor) -> int:
-    """How often oneDNN was called with a prepared kernel; its operator is replaced, and so is what it would do."""
+    """How often oneDNN was called with a prepared weight."""
     with torch.profiler.profile() as profile:
         module(x)
-    return sum("_convolution_pointwise" in event.name for event in profile.events())
+    return sum("_pointwise" in event.name for event in profile.events())
 
 
 @pytest.mark.parametrize("settings", GEOMETRIES)
@@ -55,36 +78,74 @@ def test_every_activation_and_geometry(settings, activation):
     assert fast_calls(prepared, x) == 1
 
 
-def test_it_has_the_parameters_of_the_layer_that_it_is():
-    plain, prepared = pair("relu", **GEOMETRIES[0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", _ACTIVATIONS)
+def test_every_activation_and_shape_of_a_matrix_product(activation, bias):
+    plain, prepared = linear_pair(activation, bias=bias)
+    for shape in ((7, 12), (2, 7, 12), (2, 3, 7, 12), (1, 1, 2, 1, 12)):
+        assert_as_plain(prepared, plain, 3 * torch.randn(shape))
+    assert fast_calls(prepared, torch.randn(shape)) == 1
+
+
+def test_a_matrix_product_reads_inputs_that_lie_anyhow():
+    plain, prepared = linear_pair("relu")
+    images = torch.randn(2, 12, 3, 5)
+    inputs = [
+        images.flatten(2).transpose(1, 2),
+        images.permute(0, 2, 3, 1),
+        images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+        torch.randn(12, 7).t(),
+        torch.randn(14, 12)[::2],
+        torch.randn(7, 24)[:, ::2],
+        torch.randn(85)[1:].view(7, 12),
+        torch.randn(12).expand(7, 12),
+    ]
+    for x in inputs:
+        assert_as_plain(prepared, plain, x)
+        assert fast_calls(prepared, x) == 1
+
+
+@kinds
+def test_it_has_the_parameters_of_the_layer_that_it_is(make, shape):
+    plain, prepared = make()
     assert prepared.weight is plain.weight
-    prepared(torch.randn(1, 8, 4, 4))
+    assert prepared.bias is plain.bias
+    prepared(torch.randn(shape))
     assert list(prepared.state_dict()) == list(plain.state_dict())
-    assert "activation=relu" in repr(prepared)
+    assert "activation=hardswish" in repr(prepared)
 
 
-def test_a_changed_weight_is_noticed():
-    x = torch.randn(2, 8, 6, 6)
-    plain, prepared = pair(**GEOMETRIES[0])
+@kinds
+def test_a_changed_weight_is_noticed(make, shape):
+    plain, prepared = make()
+    x = torch.randn(shape)
     prepared(x)
     with torch.no_grad():
         plain.weight.mul_(2.0)
-    torch.testing.assert_close(prepared(x), plain(x))
-    prepared.load_state_dict({"weight": torch.ones(8, 8, 1, 1), "bias": torch.zeros(8)})
-    torch.testing.assert_close(prepared(x), x.sum(1, keepdim=True).expand(2, 8, 6, 6))
-    prepared.weight = nn.Parameter(torch.zeros(8, 8, 1, 1), requires_grad=False)
+    assert_as_plain(prepared, plain, x)
+    state = {"weight": torch.ones_like(plain.weight), "bias": torch.zeros_like(plain.bias)}
+    prepared.load_state_dict(state)
+    assert_as_plain(prepared, plain, x)
+    prepared.weight = nn.Parameter(torch.zeros_like(plain.weight), requires_grad=False)
     assert not prepared(x).any()
 
 
-def test_copies_and_pickles_have_weights_of_their_own():
-    x = torch.randn(2, 8, 6, 6)
-    _plain, prepared = pair("gelu", **GEOMETRIES[0])
+@kinds
+def test_copies_and_pickles_have_weights_of_their_own(make, shape):
+    _plain, prepared = make()
+    x = torch.randn(shape)
     before = prepared(x)
     for twin in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
         assert torch.equal(twin(x), before)
         with torch.no_grad():
             twin.weight.zero_()
         assert torch.equal(prepared(x), before)
+
+
+@pytest.mark.parametrize("cls", [PreparedConv2d, PreparedLinear])
+def test_an_activation_that_there_is_not_is_refused(cls):
+    with pytest.raises(ValueError, match=r"no activation 'mish'; there are relu, "):
+        cls(4, 4, 1, activation="mish")
 
 
 def test_a_single_small_map_takes_the_kernels_that_start_sooner():
@@ -96,39 +157,110 @@ def test_a_single_small_map_takes_the_kernels_that_start_sooner():
     assert fast_calls(depthwise, torch.randn(1, 8, 9, 9)) == 1
 
 
-@pytest.mark.parametrize("how", ["float64", "bfloat16", "gradients", "counted", "inference", "no batch", "empty"])
-def test_what_the_fast_path_does_not_cover_is_computed_all_the_same(how):
-    plain, prepared = pair("hardswish", **GEOMETRIES[0])
-    x = torch.randn(2, 8, 5, 5)
+def test_few_rows_that_are_not_one_take_the_weight_that_is_packed_once():
+    plain, prepared = linear_pair()
+    calls = {rows: fast_calls(prepared, torch.randn(rows, 12)) for rows in (0, 1, 2, 256, 257)}
+    assert calls == {0: 0, 1: 0, 2: 1, 256: 1, 257: 0}
+    for shape in ((12,), (1, 12), (257, 12), (0, 12), (2, 0, 12)):
+        x = torch.randn(shape)
+        assert fast_calls(prepared, x) == 0
+        assert_as_plain(prepared, plain, x)
+
+
+def test_only_large_matrices_are_worth_it():
+    assert PreparedLinear.fits(nn.Linear(512, 512))
+    assert not PreparedLinear.fits(nn.Linear(512, 500))
+    assert not PreparedLinear.fits(nn.Linear(512, 512, dtype=torch.float64))
+    assert not PreparedLinear.fits(nn.Linear(512, 512, device="meta"))
+    assert not PreparedLinear.fits(nn.modules.linear.NonDynamicallyQuantizableLinear(512, 512))
+
+
+def test_a_wrong_width_is_told_as_ever():
+    plain, prepared = linear_pair()
+    x = torch.randn(7, 24)
+    with pytest.raises(RuntimeError) as told:
+        plain(x)
+    with pytest.raises(RuntimeError, match=re.escape(str(told.value))):
+        prepared(x)
+
+
+@kinds
+@pytest.mark.parametrize("how", ["float64", "bfloat16", "inference", "empty", "switched off", "autocast", "pruned"])
+def test_what_the_fast_path_does_not_cover_is_computed_all_the_same(make, shape, how):
+    plain, prepared = make()
+    x = torch.randn(shape)
+    around = contextlib.nullcontext()
     match how:
         case "float64" | "bfloat16":
             plain, prepared, x = (value.to(getattr(torch, how)) for value in (plain, prepared, x))
-            assert fast_calls(prepared, x) == 0
-        case "gradients":
-            x.requires_grad_()
-            prepared(x).sum().backward()
-            gradient = x.grad.clone()
-            x.grad = None
-            expected(plain, "hardswish", x).sum().backward()
-            torch.testing.assert_close(gradient, x.grad)
-        case "counted":
-            assert count_calls(prepared, x)["convolution"] == 1
         case "inference":
             with torch.inference_mode():
                 prepared(x)
-        case "no batch":
-            x = x[0]
         case "empty":
             x = x[:0]
-    torch.testing.assert_close(prepared(x), expected(plain, "hardswish", x))
+        case "switched off":
+            around = torch.backends.mkldnn.flags(enabled=False)
+        case "autocast":
+            around = torch.autocast("cpu", torch.bfloat16)
+        case "pruned":
+            prune.l1_unstructured(prepared, "weight", 0.5)
+            prune.l1_unstructured(plain, "weight", 0.5)
+    with around:
+        assert fast_calls(prepared, x) == (how == "inference")
+        torch.testing.assert_close(prepared(x), expected(plain, "hardswish", x))
+
+
+def test_a_convolution_of_no_batch_is_computed_all_the_same():
+    plain, prepared = pair("hardswish", **GEOMETRIES[0])
+    assert_as_plain(prepared, plain, torch.randn(8, 60, 60))
+
+
+@kinds
+@pytest.mark.parametrize("what", ["input", "weight", "bias"])
+def test_gradients_flow_to_whatever_asks_for_them(make, shape, what):
+    plain, prepared = make()
+    x = torch.randn(shape)
+    asks = {"input": x, "weight": plain.weight, "bias": plain.bias}[what].requires_grad_()
+    mine, theirs = (torch.autograd.grad(y.square().sum(), asks) for y in (prepared(x), expected(plain, "hardswish", x)))
+    torch.testing.assert_close(mine, theirs)
+
+
+@kinds
+def test_function_transforms_see_plain_operators(make, shape):
+    plain, prepared = make()
+    x, tangent = torch.randn(shape), torch.randn(shape)
+    for mine, theirs in zip(
+        torch.func.jvp(prepared, (x,), (tangent,)),
+        torch.func.jvp(lambda x: expected(plain, "hardswish", x), (x,), (tangent,)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(prepared(forward_ad.make_dual(x, tangent))).tangent is not None
+    torch.testing.assert_close(torch.func.vmap(prepared)(x[None])[0], expected(plain, "hardswish", x))
+
+
+@kinds
+def test_who_counts_operators_counts_plain_ones(make, shape):
+    _plain, prepared = make()
+    calls = count_calls(prepared, torch.randn(shape))
+    assert calls["convolution"] + calls["linear"] == 1
+
+
+@kinds
+def test_a_bias_with_strides_is_read_with_them(make, shape):
+    plain, prepared = make()
+    prepared.bias = plain.bias = nn.Parameter(torch.randn(2 * len(plain.bias))[::2], requires_grad=False)
+    assert_as_plain(prepared, plain, torch.randn(shape))
 
 
 def deploy() -> tuple[CompiledModel, Tensor]:
-    """A compiled network with prepared convolutions, channels last."""
+    """A compiled network with prepared layers, channels last."""
     torch.manual_seed(0)
     net = Net(
-        lambda s, x: s.head(F.gelu(s.b(s.act(s.a(x))), approximate="tanh").mean((2, 3))),
-        a=nn.Conv2d(3, 8, 3, 2, 1), act=nn.SiLU(), b=nn.Conv2d(8, 8, 1), head=nn.Linear(8, 4),
+        lambda s, x: s.head(F.hardswish(s.mix(F.gelu(s.b(s.act(s.a(x))), approximate="tanh").flatten(2).mT)).mean(1)),
+        a=nn.Conv2d(3, 8, 3, 2, 1), act=nn.SiLU(), b=nn.Conv2d(8, 512, 1), mix=nn.Linear(512, 512),
+        head=nn.Linear(512, 4),
     ).eval()  # fmt: skip
     x = torch.randn(1, 3, 16, 16)
     plain = reparam.compile(net, x)
@@ -139,9 +271,10 @@ def deploy() -> tuple[CompiledModel, Tensor]:
 def test_activations_are_taken_in():
     made, _x = deploy()
     kinds = [type(layer).__name__ for layer in made.children()]
-    assert kinds == ["PreparedConv2d", "PreparedConv2d", "Linear"]
-    assert [made.a.activation, made.b.activation] == ["silu", "gelu_tanh"]
+    assert kinds == ["PreparedConv2d", "PreparedConv2d", "PreparedLinear", "Linear"]
+    assert [made.a.activation, made.b.activation, made.mix.activation] == ["silu", "gelu_tanh", "hardswish"]
     assert "gelu" not in made.code
+    assert "hardswish" not in made.code
 
 
 def test_an_activation_that_is_not_alone_stays():
@@ -159,6 +292,8 @@ def test_deploy_files_hold_them(tmp_path: Path):
         reparam.save(made, tmp_path / name)
         loaded = reparam.load(tmp_path / name)
         assert isinstance(loaded.a, PreparedConv2d)
+        assert isinstance(loaded.mix, PreparedLinear)
+        assert loaded.mix.activation == "hardswish"
         assert loaded.a.weight.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(loaded(x), made(x))
 
