@@ -21,7 +21,7 @@ class NormAfterLinear(Compose):
 
 
 class NormAfterPassage(Rule):
-    """The same with views, permutations, means, maxima, sums or concatenations between the two.
+    """The same with views, permutations, means, maxima, sums, parts, concatenations or products between the two.
 
     ``norm(f(conv(x))) = f(norm'(conv(x)))``; see :mod:`reparam.passage` for what an affine passes through.
     """

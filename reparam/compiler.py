@@ -281,6 +281,8 @@ def _compile_graph(
     opaque = {target: modules[target] for target in targets}
     parts = _compile_children(opaque, captured, reference, options)
     aliasing.make_out_of_place(captured.graph, modules)
+    # What reads an input after it was changed in place reads the result now.
+    facts.settle_inputs(captured.graph.nodes, modules)
     views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules, options.cost)
     before = measure.kinds_of_graph(graph.fx, modules, parts.replaced)

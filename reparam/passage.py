@@ -2,14 +2,16 @@
 
 A norm need not stand next to the convolution that it can be folded into. Between them may be views and permutations,
 means and poolings (an average of shifted values is the shifted average; a maximum also, as long as no scale is
-negative), concatenations (a norm of a concatenation is one of every part) and sums (a norm of a sum scales every term,
-and shifts one). :func:`absorb_backward` and :func:`absorb_forward` walk from a norm through such operations until
-everything that it meets can take it in, and say what that would change. Nothing is computed twice: a value that
-somebody else reads as well ends the walk.
+negative), concatenations (a norm of a concatenation is one of every part), separations (a norm of a part is one of the
+whole that leaves the other parts alone), sums (a norm of a sum scales every term, and shifts one) and matrix products
+(a number that scales one scales either factor, such as the queries of attention). :func:`absorb_backward` and
+:func:`absorb_forward` walk from a norm through such operations until everything that it meets can take it in, and say
+what that would change. Nothing is computed twice: a value that somebody else reads as well ends the walk.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +23,7 @@ from torch.fx import Node
 from reparam import facts, views
 from reparam.algebra import ZEROS, AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose
 from reparam.errors import AlgebraError
-from reparam.lift import Sum
+from reparam.lift import Refusal, Sum
 from reparam.rewrite import Apply, Graph, describe
 
 # Operations whose results are means of their inputs, which any affine passes.
@@ -50,6 +52,18 @@ class Walk:
 # From a norm towards what it reads.
 
 
+@dataclass
+class _Back:
+    """Where an affine ends up: the operators that take it in, each with what it takes, and what lies on the way."""
+
+    taken: list[tuple[Node, ChannelAffine]] = field(default_factory=list)
+    through: list[Node] = field(default_factory=list)
+
+    def add(self, other: _Back) -> None:
+        self.taken += other.taken
+        self.through += other.through
+
+
 def absorb_backward(graph: Graph, norm: Node) -> Walk:
     """Fold a norm into the linear operators that its input is made by.
 
@@ -58,38 +72,82 @@ def absorb_backward(graph: Graph, norm: Node) -> Walk:
     """
     operator = graph.op(norm)
     assert isinstance(operator, ChannelAffine)
-    walk = Walk()
-    _backward(graph, norm, graph.source(norm), norm, operator, walk)
-    return walk
+    found = _backward(graph, graph.source(norm), [norm], operator)
+    fused: dict[Node, Operator] = {}
+    for node, affine in found.taken:
+        # Several parts of one value come back to it one by one.
+        fused[node] = _taking_in(affine, fused.get(node) or graph.op(node))
+    changes = [(node, Apply(made, graph.source(node), ((1.0, node),), also=(norm,))) for node, made in fused.items()]
+    return Walk(changes, list(dict.fromkeys(found.through)))
 
 
-def _backward(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAffine, walk: Walk) -> None:
-    """Make ``node`` compute ``affine`` of what it computes now; only ``reader`` reads it."""
+def _taking_in(affine: ChannelAffine, operator: Operator | Sum | Refusal | None) -> Operator:
+    assert isinstance(operator, Operator)
+    return compose(affine, operator)
+
+
+def _backward(graph: Graph, node: Node, expected: Sequence[Node], affine: ChannelAffine) -> _Back:
+    """Make ``node`` compute ``affine`` of what it computes now; nobody reads it but those that are ``expected`` to."""
     readers = graph.readers(node)
-    if readers != [reader]:
+    if readers != expected:
         raise AlgebraError(f"{describe(node)} has {len(readers)} readers")
     operator = graph.op(node)
     reason = f"{describe(node)} is not linear"
     if not isinstance(operator, (AnyConv, ChannelAffine)) or _is_view(node):
         try:
-            parts = _parts_backward(graph, node, affine)
-            if parts is not None:
-                beyond = Walk(through=[node])
-                if isinstance(operator, Sum) and graph.source(node).target is torch.stack:
-                    # A sum over a stack, which is what reads the terms.
-                    node = graph.source(node)
-                    beyond.through.append(node)
-                for source, part in parts:
-                    _backward(graph, norm, source, node, part, beyond)
-                walk.changes += beyond.changes
-                walk.through += beyond.through
-                return
+            beyond = _through(graph, node, affine)
+            if beyond is not None:
+                return beyond
         except AlgebraError as error:
             reason = str(error)
     if not isinstance(operator, (AnyConv, ChannelAffine, AveragePool)) or _is_no_op(operator) or _is_view(node):
         raise AlgebraError(reason)
-    fused = compose(affine, operator)
-    walk.changes.append((node, Apply(fused, graph.source(node), ((1.0, node),), also=(norm,))))
+    _taking_in(affine, operator)
+    return _Back([(node, affine)])
+
+
+def _through(graph: Graph, node: Node, affine: ChannelAffine) -> _Back | None:
+    """What lets an affine pass from a node's output to its inputs; None when the node lets none pass.
+
+    Raises:
+        AlgebraError: It lets affines pass, but not this one, or something before it does not.
+    """
+    if views.multiplies(node):
+        return _into_factor(graph, node, affine)
+    found, part = _Back(through=[node]), _part(graph, node, affine)
+    if part is not None:
+        readers = _readers_of_parts(graph, node, part)
+        found.through += readers
+        found.add(_backward(graph, part.whole, readers, _of_part(part, affine)))
+        return found
+    parts = _parts_backward(graph, node, affine)
+    if parts is None:
+        return None
+    reader = node
+    if isinstance(graph.op(node), Sum) and graph.source(node).target is torch.stack:
+        # A sum over a stack, which is what reads the terms.
+        reader = graph.source(node)
+        found.through.append(reader)
+    for source, own in parts:
+        found.add(_backward(graph, source, [reader], own))
+    return found
+
+
+def _into_factor(graph: Graph, product: Node, affine: ChannelAffine) -> _Back:
+    """``s·(a @ b) = (s·a) @ b = a @ (s·b)``, into whichever factor takes it."""
+    if affine.axis is not None or affine.shift is not None:
+        raise AlgebraError(f"{describe(product)} lets a single number pass, which scales all of it")
+    reasons = []
+    for factor in product.all_input_nodes:
+        try:
+            if product.args.count(factor) != 1:
+                raise AlgebraError(f"{describe(factor)} is multiplied by itself")
+            found = _backward(graph, factor, [product], affine)
+            found.through.append(product)
+            return found
+        except AlgebraError as reason:
+            reasons.append(str(reason))
+    raise AlgebraError(" and ".join(dict.fromkeys(reasons)))
 
 
 def _is_view(node: Node) -> bool:
@@ -124,11 +182,67 @@ def _parts_backward(graph: Graph, node: Node, affine: ChannelAffine) -> Parts | 
     if affine.axis is None:
         return [(source, affine)]
     axis = moved.back(affine.axis)
+    if axis is None and moved.unmerged is not None:
+        return [(source, _unmerged(node, source, moved, affine))]
     if axis is None and moved.merged is not None and affine.axis + moved.out_rank == moved.merged[2]:
         axis = _only_axis(moved, source, len(affine.scale))
     if axis is None:
         raise AlgebraError(f"{describe(node)} mixes the channels with other axes")
     return [(source, replace(affine, axis=axis))]
+
+
+def _part(graph: Graph, node: Node, affine: ChannelAffine) -> views.Part | None:
+    """What a node takes of a value that others read, too, where only that may be scaled."""
+    part = views.part(node)
+    if part is None or (part.reader is node and graph.readers(part.whole) == [node]):
+        return None
+    return part if affine.axis is None or (part.is_slice and affine.axis == part.axis) else None
+
+
+def _readers_of_parts(graph: Graph, node: Node, part: views.Part) -> list[Node]:
+    """The readers of a value that is read in parts, none of which has anything in common with ``node``."""
+    separated = part.reader is not node
+    for other in part.reader.users if separated else graph.readers(part.whole):
+        theirs = views.part(other)
+        if other is not node and (theirs is None or part.overlaps(theirs)):
+            raise AlgebraError(f"{describe(other)} reads of {describe(part.whole)} what {describe(node)} reads")
+    return [part.reader] if separated else graph.readers(part.whole)
+
+
+def _of_part(part: views.Part, affine: ChannelAffine) -> ChannelAffine:
+    """An affine of a part as one of the whole, which leaves the other parts alone."""
+    length = part.stop - part.start
+    scale, shift = affine.on(length, affine.axis, affine.scale.device)
+
+    def whole(own: Tensor, rest: float) -> Tensor:
+        found = own.new_full((part.total,), rest)
+        found[part.start : part.stop] = own
+        return found
+
+    return ChannelAffine(whole(scale, 1.0), None if shift is None else whole(shift, 0.0), part.axis)
+
+
+def _unmerged(node: Node, source: Node, moved: views.Axes, affine: ChannelAffine) -> ChannelAffine:
+    """An affine along one of several axes that were one before: its numbers, each as often as it applies there."""
+    assert moved.unmerged is not None
+    assert affine.axis is not None
+    axis, first, last = moved.unmerged
+    position = affine.axis + moved.out_rank - first
+    total = views.channels(source, axis - moved.rank)
+    sizes = [views.channels(node, made - moved.out_rank) for made in range(first, last + 1)]
+    known = math.prod(size or 1 for size in sizes)
+    if total is None or sizes.count(None) > 1 or not 0 <= position < len(sizes):
+        raise AlgebraError(f"{describe(node)} makes axes of the channels whose sizes no layer shows")
+    sizes = [total // known if size is None else size for size in sizes]
+    if math.prod(size or 0 for size in sizes) != total or sizes[position] != len(affine.scale):
+        raise AlgebraError(f"{describe(node)} makes axes of the channels of other sizes than the norm has")
+    before, after = math.prod(sizes[:position]), math.prod(sizes[position + 1 :])  # type: ignore[arg-type]
+
+    def spread(vector: Tensor) -> Tensor:
+        return vector.repeat_interleave(after).repeat(before)
+
+    shift = None if affine.shift is None else spread(affine.shift)
+    return ChannelAffine(spread(affine.scale), shift, axis - moved.rank)
 
 
 def _only_axis(moved: views.Axes, source: Node, count: int) -> int | None:

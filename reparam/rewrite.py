@@ -231,7 +231,7 @@ class Graph:
 
     def lets_pass(self, node: Node) -> bool:
         """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
-        return isinstance(self.op(node), Sum) or views.concatenates(node) or views.axes(node) is not None
+        return isinstance(self.op(node), Sum) or views.concatenates(node) or views.separates(node) or _moves(node)
 
     def kernels(self, node: Node) -> int:
         """Kernels that ``node`` launches."""
@@ -488,7 +488,7 @@ def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> 
     meta |= {name: replaced.meta[name] for name in ("shape", "example") if name in replaced.meta}
     match operator:
         case Conv() | ConvTranspose():
-            meta["channels"] = (operator.out_channels, operator.axis)
+            meta |= {"channels": (operator.out_channels, operator.axis), "layer": True}
             meta["rank"] = meta["rank"] or (operator.dimensions + 2 if operator.dimensions else None)
         case ChannelAffine():
             meta["keeps_shape"] = not operator.may_expand
@@ -594,7 +594,7 @@ def _apply_all(
             queued.update(again)
         if not waiting and len(outcome.remarks) > fused:
             fused = len(outcome.remarks)
-            waiting.extend(graph.settle())
+            waiting.extend(_neighbourhood(graph, graph.settle()))
             queued.update(waiting)
 
 
@@ -708,6 +708,11 @@ def _remaining(change: Rewrite) -> list[Node]:
     return found
 
 
+def _moves(node: Node) -> bool:
+    """Whether a node hands values on in another order or form, or products of them."""
+    return views.axes(node) is not None or views.part(node) is not None or views.multiplies(node)
+
+
 def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
     """Nodes whose matches may have changed: the new ones, what they read, and who reads them.
 
@@ -719,7 +724,7 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
         pending = node.all_input_nodes
         while pending:
             source = pending.pop()
-            if source not in found and views.axes(source) is not None:
+            if source not in found and (_moves(source) or views.separates(source)):
                 pending.extend(source.all_input_nodes)
             found[source] = None
         pending = list(node.users)
@@ -730,6 +735,6 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
             found[reader] = None
             # A sum that is read several times is where a residual network goes on and on.
             passes = graph.lets_pass(reader) or reader.target is torch.stack
-            if views.axes(reader) is not None or (len(reader.users) == 1 and passes):
+            if _moves(reader) or views.separates(reader) or (len(reader.users) == 1 and passes):
                 pending.extend(reader.users)
     return sorted(found)

@@ -117,6 +117,9 @@ def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
         return
     sources = {apply.source: apply.operator for apply in applies(rewrite)}
     tensors = [node for node in read if node.meta.get("kind") != "other"]
+    if len(tensors) > 1 and len(sources) == 1:
+        # What else is read may be made of that alone: queries and keys of the same projection.
+        tensors = list(sources)
     if len(tensors) != 1:
         raise Uncertifiable("the shapes of what it reads are not known; pass example_inputs")
     # The norm itself, when the operators that take it in read something that it passed; any sizes will do for views.

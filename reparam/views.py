@@ -35,6 +35,8 @@ _POOL_FUNCTIONS = {
 _RESAMPLINGS = frozenset("interpolate upsample".split())
 _RESHAPES = frozenset("view reshape view_as reshape_as".split())
 _REDUCTIONS = frozenset("mean amax amin".split())
+_PRODUCTS = frozenset("matmul bmm einsum".split())
+_SEPARATIONS = frozenset("split split_with_sizes chunk unbind".split())
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,15 @@ class Axes:
             mixed, merged, cut or gone.
         merged: The axes of the source, first and last, that become one axis of the result, and that axis; None
             when no axes are merged.
+        unmerged: The axis of the source that becomes several axes of the result, and the first and last of these;
+            None when there is none.
     """
 
     rank: int
     out_rank: int
     to: tuple[int | None, ...]
     merged: tuple[int, int, int] | None = None
+    unmerged: tuple[int, int, int] | None = None
 
     def back(self, axis: int) -> int | None:
         """The axis of the source, counted from the end, for one of the result counted from the end."""
@@ -64,6 +69,33 @@ class Axes:
         """The axis of the result, counted from the end, for one of the source counted from the end."""
         position = self.to[axis + self.rank] if 0 <= axis + self.rank < self.rank else None
         return None if position is None else position - self.out_rank
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of a value along an axis: by ``chunk``, ``split`` or ``unbind``, or by an index.
+
+    Attributes:
+        whole: The value that it is a part of.
+        reader: The node that reads ``whole``: what separates it into several parts, or the part itself.
+        axis: Along which axis of ``whole``, counted from the end.
+        start: The part's first index.
+        stop: The index behind its last one.
+        total: How many ``whole`` has.
+        is_slice: Whether the part still has the axis.
+    """
+
+    whole: Node
+    reader: Node
+    axis: int
+    start: int
+    stop: int
+    total: int
+    is_slice: bool
+
+    def overlaps(self, other: Part) -> bool:
+        """Whether two parts of the same value have anything in common, as far as is known."""
+        return self.axis != other.axis or max(self.start, other.start) < min(self.stop, other.stop)
 
 
 def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
@@ -89,6 +121,75 @@ def axes(node: Node) -> Axes | None:
     """Where the axes of a node's first input go, or None when that is not known."""
     known: Axes | None = node.meta.get("axes")
     return None if "frozen" in node.meta else known
+
+
+def multiplies(node: Node) -> bool:
+    """Whether a node is a matrix product of several values, which is linear in each of them."""
+    if node.op not in ("call_function", "call_method") or "frozen" in node.meta or node.kwargs:
+        return False
+    factors = {argument for argument in node.args if isinstance(argument, Node)}
+    return facts.target_name(node) in _PRODUCTS and len(factors) == len(node.all_input_nodes) > 1
+
+
+def separates(node: Node) -> bool:
+    """Whether a node separates a value into several."""
+    return node.op in ("call_function", "call_method") and facts.target_name(node) in _SEPARATIONS
+
+
+def part(node: Node) -> Part | None:
+    """What a node takes of another value; None when it is no part of one, or not known which."""
+    if node.target is not operator.getitem or "frozen" in node.meta or not isinstance(node.args[0], Node):
+        return None
+    reader = node.args[0] if separates(node.args[0]) else node
+    whole = reader.args[0] if reader.args else None
+    rank = whole.meta.get("rank") if isinstance(whole, Node) else None
+    if not isinstance(whole, Node) or rank is None or "frozen" in reader.meta:
+        return None
+    if reader is node:
+        return _indexed_part(node, whole, rank)
+    name, arguments = facts.target_name(reader), facts.Arguments(reader)
+    dim, index = arguments.get(1 if name == "unbind" else 2, "dim", 0), node.args[1]
+    if type(dim) is not int or not -rank <= dim < rank or type(index) is not int:
+        return None
+    axis = dim % rank - rank
+    lengths = _lengths(name, arguments, channels(whole, axis))
+    if lengths is None or not -len(lengths) <= index < len(lengths):
+        return None
+    start = sum(lengths[: index % len(lengths)])
+    return Part(whole, reader, axis, start, start + lengths[index], sum(lengths), name != "unbind")
+
+
+def _indexed_part(node: Node, whole: Node, rank: int) -> Part | None:
+    """What one number, or one slice without a step, takes."""
+    items = facts.indices(node.args[1], rank) if whole.meta.get("kind") == "tensor" else None
+    cut = [i for i, item in enumerate(items or ()) if item != slice(None)]
+    if items is None or len(cut) != 1 or len(items) != rank:
+        return None
+    axis, item = cut[0] - rank, items[cut[0]]
+    total = channels(whole, axis)
+    if total is None:
+        return None
+    if isinstance(item, int):
+        return Part(whole, node, axis, item % total, item % total + 1, total, is_slice=False)
+    assert item is not None
+    if item.step not in (None, 1) or not all(bound is None or type(bound) is int for bound in (item.start, item.stop)):
+        return None
+    start, stop, _ = item.indices(total)
+    return Part(whole, node, axis, start, max(start, stop), total, is_slice=True)
+
+
+def _lengths(name: str, arguments: facts.Arguments, total: int | None) -> list[int] | None:
+    """How long the parts are that ``total`` is separated into."""
+    if name == "unbind":
+        return None if total is None else [1] * total
+    known = arguments.node.kwargs
+    wanted = arguments.get(1, next((key for key in known if key.startswith(("split_size", "chunks"))), ""), None)
+    if isinstance(wanted, (tuple, list)):
+        return list(wanted) if all(type(length) is int for length in wanted) else None
+    if total is None or type(wanted) is not int or wanted < 1:
+        return None
+    step = -(-total // wanted) if name == "chunk" else wanted
+    return [min(step, total - start) for start in range(0, total, step)]
 
 
 def concatenates(node: Node) -> bool:
@@ -253,7 +354,7 @@ def _unflatten(rank: int, dim: Any, sizes: Any) -> Axes | None:
         return None
     at, more = dim % rank, len(sizes) - 1
     to = tuple(i if i < at else i + more if i > at else None for i in range(rank))
-    return Axes(rank, rank + more, to)
+    return Axes(rank, rank + more, to, unmerged=(at, at, at + more))
 
 
 def _swap(rank: int, a: Any, b: Any) -> Axes | None:
@@ -343,10 +444,12 @@ def _reshape(node: Node, name: str, source: Node, rank: int) -> Axes | None:
     while end < min(rank, len(new)) - start and _equal(old[-1 - end], new[-1 - end]):
         to[rank - 1 - end] = len(new) - 1 - end
         end += 1
-    merged = (start, rank - 1 - end, start) if len(new) - start - end == 1 and rank - start - end > 1 else None
-    if rank - start - end == 1 and len(new) - start - end == 1:
+    left, made = rank - start - end, len(new) - start - end
+    merged = (start, start + left - 1, start) if made == 1 and left > 1 else None
+    unmerged = (start, start, start + made - 1) if left == 1 and made > 1 else None
+    if left == made == 1:
         to[start] = start  # all others agree
-    return Axes(rank, len(new), tuple(to), merged)
+    return Axes(rank, len(new), tuple(to), merged, unmerged)
 
 
 def _equal(a: Size, b: Size) -> bool:
@@ -414,7 +517,7 @@ def size(node: Node, axis: int) -> Size:
         moved = axes(node)
         if moved is not None:
             if axis not in moved.to:
-                return node, axis
+                return _asked_for(node, moved, axis) or (node, axis)
             node, axis = source, moved.to.index(axis)
         elif (
             "layer" in node.meta and known is not None and source.meta["rank"] == rank and (axis == 0 or known[1] == -1)
@@ -423,6 +526,22 @@ def size(node: Node, axis: int) -> Size:
             node = source
         else:
             return node, axis
+
+
+def _asked_for(node: Node, moved: Axes, axis: int) -> int | None:
+    """The size of an axis that a reshape makes, where it is given as a number."""
+    name, arguments = facts.target_name(node), facts.Arguments(node)
+    if node.op == "call_module":
+        return None
+    if name == "unflatten" and moved.unmerged is not None:
+        sizes: list[Any] = list(arguments.get(2, "sizes", ()))
+        first = moved.unmerged[1]
+    elif name in _RESHAPES:
+        sizes, first = _new_sizes(node, name) or [], 0
+    else:
+        return None
+    wanted = sizes[axis - first] if 0 <= axis - first < len(sizes) else None
+    return wanted if type(wanted) is int and wanted >= 0 else None
 
 
 def channels(node: Node, axis: int) -> int | None:

@@ -148,6 +148,80 @@ class ChannelsLast(nn.Module):
         return self.inner(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class Attention(nn.Module):
+    """Softmax attention (Vaswani et al. 2017), with its scale in any of the places where networks have it.
+
+    Args:
+        channels: Features of a token.
+        heads: How many heads.
+        size: Features of a query, a key and a value.
+        separated: How queries, keys and values are told apart: a key of :data:`SEPARATIONS`.
+        scaled: What is scaled: ``queries``, ``keys``, ``scores`` or ``values``.
+        factor: The scale.
+    """
+
+    def __init__(self, channels: int, heads: int, size: int, separated: str, scaled: str, factor: float) -> None:
+        super().__init__()
+        self.heads, self.size, self.factor = heads, size, factor
+        self.separated, self.scaled = separated, scaled
+        self.project = nn.Linear(channels, 3 * heads * size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count, _ = x.shape
+        query, key, value = SEPARATIONS[self.separated](self.project(x), batch, count, self.heads, self.size)
+        query = query * self.factor if self.scaled == "queries" else query
+        key = key / self.factor if self.scaled == "keys" else key
+        scores = query @ key.transpose(-2, -1)
+        scores = scores.mul(self.factor) if self.scaled == "scores" else scores
+        mixed = scores.softmax(-1) @ value
+        mixed = self.factor * mixed if self.scaled == "values" else mixed
+        return mixed.transpose(1, 2).reshape(batch, count, -1)
+
+
+def _heads(x: Tensor, batch: int, count: int, heads: int, size: int) -> Tensor:
+    return x.reshape(batch, count, heads, size).transpose(1, 2)
+
+
+def _by_unbind(x: Tensor, batch: int, count: int, heads: int, size: int) -> Any:
+    return x.reshape(batch, count, 3, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _by_numbers(x: Tensor, batch: int, count: int, heads: int, size: int) -> Any:
+    x = x.reshape(batch, count, 3, heads, size).permute(2, 0, 3, 1, 4)
+    return x[0], x[1], x[-1]
+
+
+def _by_chunk(x: Tensor, batch: int, count: int, heads: int, size: int) -> Any:
+    query, key, value = x.chunk(3, dim=-1)
+    return [_heads(part, batch, count, heads, size) for part in (query, key, value)]
+
+
+def _by_slices(x: Tensor, batch: int, count: int, heads: int, size: int) -> Any:
+    step = heads * size
+    parts = x[..., :step], x[:, :, step : 2 * step], x[..., -step:]
+    return [_heads(part, batch, count, heads, size) for part in parts]
+
+
+def _by_split(x: Tensor, batch: int, count: int, heads: int, size: int) -> Any:
+    query, key, value = x.view(batch, count, heads, -1).split([size, size, size], dim=3)
+    return query.permute(0, 2, 1, 3), key.permute(0, 2, 1, 3), value.permute(0, 2, 1, 3)
+
+
+def _by_even_split(x: Tensor, batch: int, count: int, heads: int, size: int) -> Any:
+    return torch.split(x.unflatten(-1, (heads, 3 * size)).transpose(1, 2), size, -1)
+
+
+# Queries, keys and values of shape (batch, heads, count, size) from their projection.
+SEPARATIONS: dict[str, Callable[[Tensor, int, int, int, int], Any]] = {
+    "unbind": _by_unbind,
+    "numbers": _by_numbers,
+    "chunk": _by_chunk,
+    "slices": _by_slices,
+    "split": _by_split,
+    "even split": _by_even_split,
+}
+
+
 def one_and_a_half(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A forward hook that changes the output."""
     return output * 1.5
@@ -220,6 +294,7 @@ LAYERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "pad_layer": lambda o: nn.ConstantPad2d(o["amounts"], o["value"]),
     "nested": lambda o: nn.Sequential(_conv_norm(o), nn.Sequential(nn.Dropout(), NORM[len(o["kernel"])](o["out"]))),
     "channels_last": lambda o: ChannelsLast(nn.Linear(o["channels"], o["out"], o["bias"])),
+    "attention": lambda o: Attention(**o),
     "opaque": lambda o: DataDependent(o.get("in_place", False)),
     "hooked": _hooked,
 }  # fmt: skip
@@ -271,6 +346,32 @@ SCALARS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "torch": lambda x, c: torch.sub(x, c),
 }
 
+
+def two_parts(o: dict[str, Any], _: Any, x: Tensor) -> Tensor:
+    """Two parts of a value along an axis, one of them scaled, put together again in some order."""
+    axis = o["axis"]
+    parts: Any
+    match o["how"]:
+        case "chunk":
+            parts = x.chunk(2, axis)
+        case "split":
+            parts = x.split([1, o["size"] - 1], dim=axis)
+        case "unbind":
+            parts = [part.unsqueeze(axis) for part in (x.unbind(axis)[0], x.unbind(axis)[1])]
+        case "slices":
+            parts = x[:, :1], x[:, 1:]
+        case "overlapping":
+            parts = x[:, :2], x[:, 1:]
+        case "numbers":
+            parts = x[:, 0:1], x[:, -1].unsqueeze(1)
+    first, second = parts[0], parts[1]
+    if o["scaled"] == 0:
+        first = first * o["number"]
+    else:
+        second = second.mul(o["number"])
+    return torch.cat([second, first] if o["swapped"] else [first, second], axis)
+
+
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sum": lambda o, p, *xs: add_up(o["how"], xs),
     "product": lambda o, p, x, y: x * y,
@@ -282,6 +383,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "concat": lambda o, p, *xs: torch.cat(xs, 1),
     "half": lambda o, p, x: x[:, : o["channels"]],
     "chunk": lambda o, p, x: x.chunk(2, 1)[0],
+    "two_parts": two_parts,
     "relu_function": lambda o, p, x: F.relu(x, inplace=o.get("in_place", False)),
     "relu_method": lambda o, p, x: x.relu_() if o.get("in_place", False) else x.relu(),
     "pad": lambda o, p, x: F.pad(x, o["amounts"], o["mode"], *([o["value"]] if o["mode"] == "constant" else [])),
@@ -498,14 +600,14 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
         "over_size",
     ]
     choices += ["again", "again"] * bool(owners)
-    choices += ["concat", "part", "product", "broadcast", "broadcast", "reduce", "beside"]
+    choices += ["concat", "part", "two_parts", "product", "broadcast", "broadcast", "reduce", "beside"]
     choices += ["view", "view", "view"]
     if dimensions >= 1:
         choices += ["conv", "conv", "conv", "conv_norm", "branches", "branches", "block", "pool", "pad", "gate", "head"]
         choices += ["norm_conv", "reshape", "transposed", "transposed"]
         choices += ["pool", "channels_last", "nested", "resize"]
     if dimensions <= 1 or all(s[-1] == shape[-1] for s in shapes[reads]):
-        choices += ["linear"] * 3
+        choices += ["linear"] * 3 + ["attention"] * 2 * (len(shape) == 3)
     match draw(st.sampled_from(choices)):
         case "sum":
             terms = draw(st.lists(st.sampled_from(alike), min_size=1, max_size=3))
@@ -538,6 +640,17 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
             around = [_around(size) for size in shapes[reads]]
             fitting = [i for i, sizes in enumerate(shapes) if [_around(size) for size in sizes] == around]
             return Step("concat", (reads, draw(st.sampled_from(fitting))))
+        case "two_parts":
+            how = draw(st.sampled_from(("chunk", "split", "unbind", "slices", "overlapping", "numbers")))
+            axis = draw(st.integers(1, len(shape) - 1)) if how in ("chunk", "split", "unbind") else 1
+            return Step("two_parts", (reads,), {
+                "how": how,
+                "axis": axis,
+                "size": shape[axis],
+                "scaled": draw(st.integers(0, 1)),
+                "number": draw(st.sampled_from((2, -0.5))),
+                "swapped": draw(st.booleans()),
+            })  # fmt: skip
         case "part":
             return Step(draw(st.sampled_from(("half", "chunk"))), (reads,), {"channels": (channels + 1) // 2})
         case "conv":
@@ -617,6 +730,15 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
         case "linear":
             options = {"channels": shape[-1], "out": draw(st.integers(1, 4)), "bias": draw(st.booleans())}
             return Step("linear", (reads,), options)
+        case "attention":
+            return Step("attention", (reads,), {
+                "channels": shape[-1],
+                "heads": draw(st.integers(1, 2)),
+                "size": draw(st.integers(1, 3)),
+                "separated": draw(st.sampled_from(list(SEPARATIONS))),
+                "scaled": draw(st.sampled_from(("queries", "keys", "scores", "values"))),
+                "factor": draw(st.sampled_from((0.5, -2.0))),
+            })  # fmt: skip
     raise AssertionError
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import DataDependent, assert_same, model, normal, one_and_a_half, reasons
+from networks import SEPARATIONS, Attention, DataDependent, assert_same, model, normal, one_and_a_half, reasons
 from torch import Tensor, nn
 
 import reparam
@@ -564,3 +564,120 @@ def test_any_chain_before_a_linear_layer(chain, channels, size, shifted, negativ
         compiled = reparam.compile(net, x if with_example else None, verify=verify)
         for other in (x, normal(3, channels, 6, 5), normal(1, channels, 5, 9)):
             assert_same(net, compiled, other)
+
+
+# Parts of a value, and products.
+
+
+@pytest.mark.parametrize("scaled", ["queries", "keys", "scores", "values"])
+@pytest.mark.parametrize("separated", SEPARATIONS)
+def test_the_scale_of_attention_goes_into_the_projection(separated, scaled):
+    net = model(lambda s, x: s.attention(x), attention=Attention(6, 2, 3, separated, scaled, 3**-0.5))
+    x = normal(2, 5, 6)
+    compiled = reparam.compile(net, x)
+    assert compiled.report.before.elementwise == 1
+    assert compiled.report.after.elementwise == 0, reasons(compiled)
+    for y in (x, normal(1, 5, 6), normal(3, 7, 6)):
+        assert_same(net, compiled, y)
+    assert_same(net, reparam.compile(net), x)
+
+
+@given(st.data(), st.sampled_from((2, 3, 5, 6)), st.booleans())
+def test_any_norm_of_any_part_goes_into_the_whole(data, channels, with_example):
+    """Parts that have nothing in common, each with its norm, a number or neither, put together in any order."""
+    bounds = sorted(data.draw(st.sets(st.integers(1, channels - 1), min_size=1, max_size=2)))
+    edges = list(zip([0, *bounds], [*bounds, channels], strict=True))
+    how = data.draw(st.sampled_from(("split", "slices", "chunk")))
+    if how == "chunk":
+        step = -(-channels // 2)
+        edges = [(0, step), (step, channels)]
+    does = [data.draw(st.sampled_from(("norm", "number", "nothing"))) for _ in edges]
+    order = data.draw(st.permutations(range(len(edges))))
+
+    def forward(self, x):
+        x = self.conv(x)
+        match how:
+            case "split":
+                parts = x.split([stop - start for start, stop in edges], 1)
+            case "slices":
+                parts = [x[:, start:stop] for start, stop in edges]
+            case "chunk":
+                parts = x.chunk(2, dim=-3)
+        changed = []
+        for index, what in enumerate(does):
+            part = parts[index]
+            changed.append(self.norms[index](part) if what == "norm" else part * -0.7 if what == "number" else part)
+        return torch.cat([changed[index] for index in order], 1)
+
+    norms = nn.ModuleList(BN2(stop - start) for start, stop in edges)
+    net = model(forward, conv=conv(3, channels, 3), norms=norms)
+    x = normal(2, 3, 6, 5)
+    compiled = reparam.compile(net, x if with_example else None)
+    assert_same(net, compiled, x)
+    after = compiled.report.after
+    assert (after.norms, after.elementwise) == (0, 0), reasons(compiled)
+
+
+def _overlapping(s, x):
+    x = s.conv(x)
+    return 2 * x[:, :3], x[:, 2:]
+
+
+def _whole_and_part(s, x):
+    x = s.conv(x)
+    return 2 * x[:, :3], x
+
+
+def _along_another_axis(s, x):
+    a, b = s.conv(x).chunk(2, 2)
+    return s.norm(a), b
+
+
+def _steps(s, x):
+    x = s.conv(x)
+    return 2 * x[:, ::2], x[:, 1::2]
+
+
+def _square(s, x):
+    x = s.conv(x)
+    return (x @ x) * 2
+
+
+def _shifted_product(s, x):
+    return s.norm(s.conv(x) @ x[:, :1])
+
+
+def _product_of_another(s, x):
+    y = s.conv(x)
+    return (y @ torch.relu(x[:, :1])) * 2, y
+
+
+UNSCALED: dict[str, tuple[Callable[..., Any], str]] = {
+    "parts that overlap": (_overlapping, "getitem reads of conv what getitem reads"),
+    "a part of what is read as a whole": (_whole_and_part, "the output reads of conv what getitem reads"),
+    "a norm of a part of a row": (_along_another_axis, "nothing linear stands next to it"),
+    "every other channel": (_steps, "2 readers"),
+    "a square": (_square, ""),
+    "a norm of a product": (_shifted_product, "matmul lets a single number pass, which scales all of it"),
+    "a factor that is read elsewhere": (_product_of_another, "2 readers"),
+}
+
+
+@pytest.mark.parametrize("name", UNSCALED)
+def test_a_part_or_factor_that_is_not_alone_stays(name):
+    forward, reason = UNSCALED[name]
+    net = model(forward, conv=conv(3, 4, 1), norm=BN2(4))
+    x = normal(2, 3, 4, 4)
+    compiled = reparam.compile(net, x)
+    assert_same(net, compiled, x)
+    after = compiled.report.after
+    assert after.norms + after.elementwise > 0
+    assert reason in " ".join(reasons(compiled))
+
+
+def test_a_number_on_a_product_goes_into_the_other_factor():
+    net = model(lambda s, x: 3 * torch.einsum("bchw,bcwk->bchk", F.relu(x), s.conv(x)), conv=conv(3, 3, 1))
+    x = normal(2, 3, 4, 4)
+    compiled = reparam.compile(net, x)
+    assert_same(net, compiled, x)
+    assert (compiled.report.before.elementwise, compiled.report.after.elementwise) == (1, 0)

@@ -194,6 +194,12 @@ REGRESSIONS: dict[str, tuple[int, Network]] = {
         Step("over_size", (0,)),
         Step("sum", (2, 0), {"how": "sum"}),
     ])),
+    # The division was of what had been changed in place, and not of the input, which might be an image of bytes.
+    "a division of a changed input": (1, Network(1, [
+        Step("relu", (0,), {"in_place": True}),
+        Step("over_size", (0,)),
+        Step("sum", (2, 1), {"how": "sum"}),
+    ], (3,))),
     # What the sum of a stack reads had changed, and only the stack was looked at again.
     "a factor that moves through a sum of a stack": (1, Network(1, [
         Step("number", (0,), {"how": "mul", "number": 2}),

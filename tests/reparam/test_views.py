@@ -293,3 +293,77 @@ def test_sizes_that_come_from_the_input():
     assert size_of(lambda s, x: s.conv(x).mean(0, keepdim=True), 0, IMAGE, **layers) == ("mean", 0)
     # The channels at the end say nothing about the axis where they were.
     assert size_of(lambda s, x: s.conv(x).permute(0, 2, 3, 1), 1, IMAGE, **layers) == ("conv", 2)
+
+
+# Parts of a value.
+
+PARTS: dict[str, tuple[Forward, tuple[int, int, int, int] | None]] = {
+    "chunk": (lambda s, x: x.chunk(2, 1)[0], (-3, 0, 3, 5)),
+    "last chunk": (lambda s, x: torch.chunk(x, chunks=2, dim=-3)[-1], (-3, 3, 5, 5)),
+    "more chunks than there are": (lambda s, x: x.chunk(9, 1)[4], (-3, 4, 5, 5)),
+    "split": (lambda s, x: x.split(2, dim=1)[2], (-3, 4, 5, 5)),
+    "split with sizes": (lambda s, x: torch.split(x, [1, 3, 1], 1)[1], (-3, 1, 4, 5)),
+    "split with sizes along the width": (lambda s, x: x.split([3, 1], -1)[0], (-1, 0, 3, 4)),
+    "split with sizes by name": (lambda s, x: x.split_with_sizes(split_sizes=[2, 3], dim=1)[1], (-3, 2, 5, 5)),
+    "unbind": (lambda s, x: x.unbind(1)[-2], (-3, 3, 4, 5)),
+    "unbind by name": (lambda s, x: torch.unbind(x, dim=-3)[0], (-3, 0, 1, 5)),
+    "a number": (lambda s, x: x[:, 2], (-3, 2, 3, 5)),
+    "a number from the end": (lambda s, x: x[:, -1, ...], (-3, 4, 5, 5)),
+    "a slice": (lambda s, x: x[:, 1:-1], (-3, 1, 4, 5)),
+    "an empty slice": (lambda s, x: x[:, 3:2], (-3, 3, 3, 5)),
+    "a slice beyond the end": (lambda s, x: x[:, 3:9], (-3, 3, 5, 5)),
+    "a sum of sizes": (lambda s, x: x.unflatten(1, (1, 5))[:, :, 2:], (-3, 2, 5, 5)),
+    "sizes of a reshape": (lambda s, x: x.reshape(x.shape[0], 5, 2, 6)[:, :, 1], (-2, 1, 2, 2)),
+    "a slice of rows": (lambda s, x: x[:, :, 1:], None),
+    "two slices": (lambda s, x: x[:, 1:, 1:], None),
+    "a step": (lambda s, x: x[:, ::2], None),
+    "a new axis": (lambda s, x: x[:, 1:, None], None),
+    "all of it": (lambda s, x: x[:], None),
+    "a split of an axis that no layer shows": (lambda s, x: x.split(2, 2)[0], None),
+    "a tensor split": (lambda s, x: x.tensor_split(2, 1)[0], None),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part(name):
+    forward, expected = PARTS[name]
+    node, net = last_node(lambda s, x: forward(s, s.conv(x)), normal(2, 3, 3, 4), False, conv=nn.Conv2d(3, 5, 1))
+    found = views.part(node)
+    if expected is None:
+        assert found is None
+        return
+    assert (found.axis, found.start, found.stop, found.total) == expected
+    x = normal(2, 5, 3, 4)
+    with torch.no_grad():
+        part = forward(net, x)
+        whole = x.unflatten(1, (1, 5)) if name == "a sum of sizes" else x
+        whole = x.reshape(2, 5, 2, 6) if name == "sizes of a reshape" else whole
+    taken = whole.narrow(found.axis, found.start, found.stop - found.start)
+    assert torch.equal(part, taken if found.is_slice else taken.squeeze(found.axis))
+
+
+def test_parts_that_have_something_in_common():
+    net = model(lambda s, x: (s.conv(x)[:, :3], s.conv(x)[:, 2], s.conv(x)[:, 3:]), conv=nn.Conv2d(3, 5, 1))
+    (output,) = (node for node in graph_of(net).fx.nodes if node.op == "output")
+    first, second, third = (views.part(node) for node in output.args[0])
+    assert first.overlaps(second)
+    assert second.overlaps(first)
+    assert not first.overlaps(third)
+    assert not second.overlaps(third)
+
+
+PRODUCTS: dict[str, tuple[Forward, bool]] = {
+    "the operator": (lambda s, x: x @ s.conv(x), True),
+    "the function": (lambda s, x: torch.matmul(x, s.conv(x)), True),
+    "the method": (lambda s, x: x.matmul(s.conv(x)), True),
+    "einsum": (lambda s, x: torch.einsum("bchw,bcvw->bchv", x, s.conv(x)), True),
+    "element by element": (lambda s, x: x * s.conv(x), False),
+    "a square": (lambda s, x: (lambda y: y @ y)(s.conv(x)), False),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_matrix_products(name):
+    forward, is_product = PRODUCTS[name]
+    node, _ = last_node(forward, CUBE, False, conv=nn.Conv2d(3, 3, 1))
+    assert views.multiplies(node) == is_product
