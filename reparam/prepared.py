@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -97,7 +97,7 @@ class Prepared(nn.Module):
     activation: str
 
     @classmethod
-    def of(cls, layer: nn.Module, activation: str = "") -> Self:
+    def of(cls, layer: nn.Module, activation: str = "") -> Prepared:
         """The same layer, with the same tensors, and an activation."""
         settings: Any = {name: getattr(layer, name) for name in cls.settings}
         with torch.device("meta"):
