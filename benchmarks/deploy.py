@@ -1,6 +1,6 @@
 """The promise, measured: no compiled graph is slower than timm's own deploy graph, wherever it runs.
 
-    python benchmarks/deploy.py [--check] [--models NAME ...] [--threads 2] [--rounds 45] [--json FILE] [--markdown]
+    python benchmarks/deploy.py [--check] [--models NAME ...] [--threads 2] [--rounds 15] [--json FILE] [--markdown]
 
 Twelve networks, one image of each network's own size, in PyTorch eager, ONNX Runtime, OpenVINO and ExecuTorch: as
 trained, as timm deploys them and as reparam compiles them, all in turn within one process for each network. A ratio is
@@ -158,7 +158,7 @@ def cell(result: dict[str, Any], runtime: str, graph: str) -> str:
 def main() -> None:
     options = parser("Time deploy graphs where they run.", MODELS)
     options.set_defaults(threads=2)
-    options.add_argument("--rounds", type=int, default=45, help="interleaved repetitions (default: 45)")
+    options.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: 15)")
     options.add_argument("--runtimes", nargs="+", default=RUNTIMES, choices=RUNTIMES, metavar="NAME")
     options.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: for a busy machine")
     options.add_argument("--check", action="store_true", help="exit with status 1 if a bar is missed")
