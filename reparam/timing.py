@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Time each contestant once a round, so that a slow minute of the machine falls on all of them alike.
 
-    Every other round runs backwards: nobody always follows the same neighbour.
+    The order differs from round to round: nobody always follows the same neighbour.
     """
     for run in list(contestants.values()) * warmups:
         run()
@@ -67,8 +68,10 @@ def collector_paused() -> Iterator[None]:
 
 
 def in_turn(contestants: Iterable[KeyT], index: int) -> list[KeyT]:
-    """The order of a round: backwards in every other one."""
-    return list(contestants)[:: -1 if index % 2 else 1]
+    """The order of a round: a new one every other time, and the same backwards in between."""
+    order = list(contestants)
+    random.Random(index // 2).shuffle(order)
+    return order[::-1] if index % 2 else order
 
 
 def summarise(values: Sequence[float]) -> Timing:

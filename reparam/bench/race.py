@@ -345,7 +345,7 @@ def timer_for(device: str, clock: Callable[[], float] = time.perf_counter) -> Ti
 
 
 def sample(calls: Mapping[KeyT, Call], settings: Settings, timer: Timer, tell: Progress) -> dict[KeyT, list[float]]:
-    """Seconds of every contestant, one number a round, every other round backwards; warmed up before."""
+    """Seconds of every contestant, one number a round, in an order of its own; warmed up before."""
     seconds: dict[KeyT, list[float]] = {key: [] for key in calls}
     for done, call in enumerate(calls.values()):
         tell(done, len(calls), "warming up")
