@@ -55,7 +55,7 @@ class Odd(Eager):
 # --- Sampling -----------------------------------------------------------------------------------------------------
 
 
-def test_all_have_their_turn_in_every_round_and_every_other_round_runs_backwards() -> None:
+def test_all_have_their_turn_in_every_round_in_ever_new_orders() -> None:
     order: list[str] = []
     calls = {name: lambda: None for name in "abc"}
     names = {id(call): name for name, call in calls.items()}
@@ -64,9 +64,12 @@ def test_all_have_their_turn_in_every_round_and_every_other_round_runs_backwards
         order.append(names[id(call)])
         return float(len(order))
 
-    seconds = sample(calls, Settings(rounds=3), timer, lambda *told: None)
-    assert "".join(order) == "abc" + "cba" + "abc"
-    assert seconds == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
+    seconds = sample(calls, Settings(rounds=20), timer, lambda *told: None)
+    rounds = ["".join(order[start : start + 3]) for start in range(0, 60, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert all(backwards == forwards[::-1] for forwards, backwards in zip(rounds[::2], rounds[1::2], strict=True))
+    assert len(set(rounds)) == 6
+    assert seconds["a"] == [3 * index + each.index("a") + 1 for index, each in enumerate(rounds)]
 
 
 def test_without_a_number_of_rounds_there_are_at_least_seven() -> None:
