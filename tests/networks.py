@@ -35,6 +35,10 @@ ADAPTIVE = {
     "mean": {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d},
     "max": {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d},
 }
+ADAPTIVE_FUNCTION = {
+    "mean": {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d},
+    "max": {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d},
+}
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 F_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -395,11 +399,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "permute": lambda o, p, x: x.permute(o["order"]),
     "tokens": lambda o, p, x: x.flatten(2).transpose(1, 2),
     "reduce": lambda o, p, x: getattr(x, o["how"])(o["axes"], keepdim=o["keep"]),
-    "adaptive": lambda o, p, x: (F.adaptive_avg_pool1d if x.dim() == 3 else F.adaptive_avg_pool2d)(x, o["size"]),
+    "adaptive": lambda o, p, x: ADAPTIVE_FUNCTION[o["how"]][o["dimensions"]](x, o["size"]),
     "interpolate": lambda o, p, x: F.interpolate(x, scale_factor=2, mode=o["mode"]),
-    "pooled_flatten": lambda o, p, x: (F.adaptive_avg_pool1d if x.dim() == 3 else F.adaptive_max_pool2d)(x, 2).flatten(
-        1
-    ),
+    "pooled_flatten": lambda o, p, x: ADAPTIVE_FUNCTION[o["how"]][o["dimensions"]](x, o["size"]).flatten(1),
     "and_back": lambda o, p, x: x.flatten(o["start"]).reshape(x.shape),
     "like": lambda o, p, x: x.flatten(1).view_as(x),
     "sizes": lambda o, p, x: x.reshape(x.shape[0], x.shape[1], -1),
@@ -677,12 +679,8 @@ def steps(draw: st.DrawFn, shapes: Sequence[Sequence[torch.Size]], owners: Seque
         case "resize":
             if math.prod(shape[2:]) > 100 or draw(st.booleans()):
                 size = draw(st.sampled_from((1, 1, 2)))
-                how = draw(st.sampled_from(("mean", "max", "function", "flatten")))
-                if how == "function":
-                    return Step("adaptive", (reads,), {"size": size})
-                if how == "flatten":
-                    return Step("pooled_flatten", (reads,))
-                return Step("adaptive_layer", (reads,), {"how": how, "dimensions": dimensions, "size": size})
+                options = {"how": draw(st.sampled_from(("mean", "max"))), "dimensions": dimensions, "size": size}
+                return Step(draw(st.sampled_from(("adaptive_layer", "adaptive", "pooled_flatten"))), (reads,), options)
             if draw(st.booleans()):
                 return Step("upsample", (reads,))
             modes = ("nearest", "linear" if dimensions == 1 else "bilinear")
