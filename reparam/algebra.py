@@ -1062,11 +1062,26 @@ def _check_same_size(a: AnyConv, b: AnyConv) -> None:
         raise AlgebraError("their output sizes differ for some inputs, so the addition broadcasts")
 
 
+def _wraps_on(outer: Conv, inner: Conv, axis: int) -> bool:
+    """Whether ``outer`` wraps what ``inner`` made, wrapping, of as many positions: then the input wraps for both.
+
+    The padding of both together may be no longer than any input of the two, around which torch wraps once at most.
+    """
+    (first, last), (before, after) = outer.padding[axis], inner.padding[axis]
+    modes = {outer.padding_mode, inner.padding_mode}
+    keeps_size = inner.stride[axis] == 1 and before + after == inner.extent[axis]
+    if modes != {"circular"} or not keeps_size or min(first, last, before, after) < 0:
+        return False
+    smallest = max(first, last, before, after, outer.extent[axis] + 1 - first - last)
+    return max(first + before, last + after) <= smallest
+
+
 def _check_sequence(outer: Conv, inner: Conv) -> None:
     """Raise unless what lies beyond the output of ``inner`` is what ``outer`` pads it with."""
     _check_channels(outer, inner)
-    for pair, taps, amounts, stride in zip(outer.padding, inner.kernel_size, inner.padding, inner.stride, strict=True):
-        if max(pair) <= 0:
+    axes = zip(outer.padding, inner.kernel_size, inner.padding, inner.stride, strict=True)
+    for axis, (pair, taps, amounts, stride) in enumerate(axes):
+        if max(pair) <= 0 or _wraps_on(outer, inner, axis):
             continue
         if taps != 1 or any(amounts):
             raise AlgebraError("the second convolution pads the first one's output")
