@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from reparam.errors import ExportError, reason
 from reparam.export.target import Options, Target, Written, quiet, require
 from reparam.export.torch_export import operators_of
+from reparam.export.xnnpack import in_known_operators
 
 
 class ExecuTorch(Target):
@@ -37,10 +38,7 @@ class ExecuTorch(Target):
 
     def write(self, program: ExportedProgram, path: Path, options: Options) -> Written:
         """Lower the program to XNNPACK, and what that does not know to portable operators."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        lowered = self.lower(program)
         calls = Counter(_name(node.target) for node in lowered.exported_program().graph.nodes if _is_call(node))
         program_file = lowered.to_executorch()
         path.write_bytes(program_file.buffer)
@@ -54,6 +52,13 @@ class ExecuTorch(Target):
                 "planned_bytes": sum(plan.non_const_buffer_sizes),
             },
         )
+
+    def lower(self, program: ExportedProgram) -> Any:
+        """The program for the edge, with the parts that XNNPACK runs."""
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        return to_edge_transform_and_lower(in_known_operators(program), partitioner=[XnnpackPartitioner()])
 
     def load(self, path: Path) -> nn.Module:
         """The program's ``forward``."""
