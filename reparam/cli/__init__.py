@@ -1,8 +1,8 @@
 """The ``reparam`` command: fuse a checkpoint, export, explain, report and verify it, list known models.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 outputs disagree, 2 bad usage or input,
-3 internal error, 130 interrupted, 143 terminated. Every command has a module of its own; PyTorch takes two seconds to
-import, so what needs it is imported inside of functions: ``--help`` answers at once.
+3 internal error, 130 interrupted, 143 terminated. Every command has a module of its own, which imports inside of
+functions what it needs: no command waits for another's libraries. The two seconds that PyTorch takes are there always.
 """
 
 from __future__ import annotations
