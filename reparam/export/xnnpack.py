@@ -16,20 +16,21 @@ from torch.export import ExportedProgram
 _aten: Any = torch.ops.aten
 
 
-_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""How to compute operators of ATen; NotImplemented leaves one as it is."""
 
 
 def in_known_operators(program: ExportedProgram) -> ExportedProgram:
     """The same program, of operators that XNNPACK knows, where there are such and they take sizes that are free."""
-    known: ExportedProgram = program.run_decompositions(dict(_DECOMPOSITIONS))
+    known: ExportedProgram = program.run_decompositions(dict(DECOMPOSITIONS))
     return known
 
 
 def _decomposes(operator: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register how to compute an operator; NotImplemented leaves it as it is."""
+    """Register how to compute an operator."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _DECOMPOSITIONS[operator] = function
+        DECOMPOSITIONS[operator] = function
         return function
 
     return register

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import reparam
-from reparam.export.xnnpack import in_known_operators
+from reparam.export.xnnpack import DECOMPOSITIONS, in_known_operators
 
 pytest.importorskip("executorch.exir", reason="ExecuTorch needs it")
 
-HEADS = (1, 2, 3, 4, 5)
+aten: Any = torch.ops.aten
 
 
 class Between(nn.Module):
@@ -55,7 +55,7 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean of one axis": lambda x: x.mean(2),
     "mean that keeps its axes": lambda x: x.mean((2, 3), keepdim=True),
-    "mean in another type": lambda x: x.mean((2, 3), dtype=torch.float64),
+    "mean in another type": lambda x: x.mean((2, 3), dtype=torch.float32),
     "split into one": lambda x: x.split(12, 1)[0].relu(),
     "matrix product that broadcasts": lambda x: x @ x[:, :1].transpose(-2, -1),
     "matrix and vectors": lambda x: x @ x[0, 0, 0],
@@ -87,19 +87,38 @@ def test_free_sizes_stay_free(tmp_path: Path, name: str) -> None:
     assert exported.comparison.largest_error <= 1e-4
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
-def test_parts_of_every_axis(shape: list[int], data: st.DataObject) -> None:
-    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+tensors = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(lambda shape: torch.randn(shape).double())
+
+
+def check(operator: Any, *args: Any) -> bool:
+    """Whether an operator is decomposed; then into the same numbers."""
+    found = DECOMPOSITIONS[operator](*args)
+    if found is not NotImplemented:
+        torch.testing.assert_close(found, [*operator(*args)] if isinstance(found, list) else operator(*args))
+    return found is not NotImplemented
+
+
+@given(tensors, st.data())
+def test_parts_of_every_axis(x: Tensor, data: st.DataObject) -> None:
+    axis = data.draw(st.integers(-x.dim(), x.dim() - 1))
     size = data.draw(st.integers(1, 5))
-    x = torch.randn(shape, dtype=torch.float64)
+    assert check(aten.unbind.int, x, axis)
+    assert check(aten.split.Tensor, x, size, axis) == (size < x.shape[axis])
+    first = data.draw(st.integers(0, x.shape[axis]))
+    assert check(aten.split_with_sizes.default, x, [first, x.shape[axis] - first], axis)
 
-    class Parts(nn.Module):
-        def forward(self, x: Tensor) -> list[Tensor]:
-            return [*x.split(size, axis), *x.chunk(size, axis), *x.unbind(axis)]
 
-    program = in_known_operators(torch.export.export(Parts(), (x,)))
-    names = [str(node.target) for node in program.graph.nodes]
-    assert not any("unbind" in name for name in names)
-    assert any("split" in name for name in names) == (size >= shape[axis] or size == 1)
-    for mine, expected in zip(program.module()(x), Parts()(x), strict=True):
-        assert torch.equal(mine, expected)
+@given(tensors, st.data())
+def test_means_of_all_axes(x: Tensor, data: st.DataObject) -> None:
+    axes = data.draw(st.lists(st.integers(0, x.dim() - 1), min_size=1, unique=True))
+    negative = data.draw(st.lists(st.booleans(), min_size=len(axes), max_size=len(axes)))
+    named = [axis - x.dim() * behind for axis, behind in zip(axes, negative, strict=True)]
+    assert check(aten.mean.dim, x, named) == (x.dim() == 4 and sorted(axes) == [2, 3])
+    assert not check(aten.mean.dim, x, named, True)
+
+
+@given(tensors, st.data())
+def test_products_of_all_shapes(a: Tensor, data: st.DataObject) -> None:
+    leading = data.draw(st.sampled_from((a.shape[:-2], a.shape[1:-2], torch.Size([1] * max(0, a.dim() - 2)))))
+    b = torch.randn(*leading, a.shape[-1], 3).double()
+    assert check(aten.matmul.default, a, b) == (a.dim() == b.dim() > 2 and leading == a.shape[:-2])
