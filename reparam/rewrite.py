@@ -231,7 +231,7 @@ class Graph:
 
     def lets_pass(self, node: Node) -> bool:
         """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
-        return isinstance(self.op(node), Sum) or views.concatenates(node) or views.separates(node) or _moves(node)
+        return isinstance(self.op(node), Sum) or views.concatenates(node) or _moves(node)
 
     def kernels(self, node: Node) -> int:
         """Kernels that ``node`` launches."""
@@ -709,8 +709,10 @@ def _remaining(change: Rewrite) -> list[Node]:
 
 
 def _moves(node: Node) -> bool:
-    """Whether a node hands values on in another order or form, or products of them."""
-    return views.axes(node) is not None or views.part(node) is not None or views.multiplies(node)
+    """Whether a node hands values on in another order or form, in parts, or products of them."""
+    return (
+        views.axes(node) is not None or views.separates(node) or views.part(node) is not None or views.multiplies(node)
+    )
 
 
 def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
@@ -724,7 +726,7 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
         pending = node.all_input_nodes
         while pending:
             source = pending.pop()
-            if source not in found and (_moves(source) or views.separates(source)):
+            if source not in found and _moves(source):
                 pending.extend(source.all_input_nodes)
             found[source] = None
         pending = list(node.users)
@@ -735,6 +737,6 @@ def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
             found[reader] = None
             # A sum that is read several times is where a residual network goes on and on.
             passes = graph.lets_pass(reader) or reader.target is torch.stack
-            if _moves(reader) or views.separates(reader) or (len(reader.users) == 1 and passes):
+            if _moves(reader) or (len(reader.users) == 1 and passes):
                 pending.extend(reader.users)
     return sorted(found)

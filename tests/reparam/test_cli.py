@@ -593,9 +593,11 @@ def threads_of_the_bar() -> int:
 
 # Writes half a file and waits to be killed.
 HANGING = """
-import sys, time
+import signal, sys, time
 import reparam, torch
 from reparam import cli, storage
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 
 def hang(path, *rest):
     path.write_bytes(b"half")
@@ -628,7 +630,10 @@ def test_an_interrupted_run_leaves_no_half_file(checkpoint: Path, number: int, c
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == code
     assert errors == message
     assert output.read_text() == "older"
