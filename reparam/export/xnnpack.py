@@ -7,6 +7,7 @@ thread in ExecuTorch's portable library. Most networks that pool, split or atten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from torch.export import ExportedProgram
 
 _aten: Any = torch.ops.aten
 
-
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """How to compute operators of ATen; NotImplemented leaves one as it is."""
 
 
 def in_known_operators(program: ExportedProgram) -> ExportedProgram:
-    """The same program, of operators that XNNPACK knows, where there are such and they take sizes that are free."""
-    known: ExportedProgram = program.run_decompositions(dict(DECOMPOSITIONS))
+    """The same program, of operators that XNNPACK knows, as far as there are such for sizes that are free or fixed."""
+    known: ExportedProgram = program.run_decompositions(
+        dict(DECOMPOSITIONS)
+    )  # a copy, from which PyTorch takes entries out
     return known
 
 
@@ -58,7 +60,7 @@ def _hardsigmoid(x: Tensor) -> Tensor:
 
 @_decomposes(_aten.split_with_sizes.default)
 def _split_with_sizes(x: Tensor, sizes: Sequence[int], axis: int = 0) -> list[Tensor]:
-    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    ends = accumulate(sizes)
     return [_aten.slice.Tensor(x, axis, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
