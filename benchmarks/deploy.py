@@ -51,10 +51,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "reparam": reparam.compile(model, image, verify=False),
     }
     failure = ""
-    try:
-        graphs["latency"] = reparam.compile(model, image, optimize="latency", verify=False)
-    except reparam.ReparamError as error:
-        failure = str(error)
+    if "eager" in options.runtimes:
+        try:
+            graphs["latency"] = reparam.compile(model, image, optimize="latency", verify=False)
+        except reparam.ReparamError as error:
+            failure = str(error)
     settings = Settings(options.runtimes, options.threads, options.rounds, memory=False, clock=options.clock)
     result = race(graphs, (image,), settings, only={"latency": ("eager",)})
     return {**result.to_dict(), "ratios": ratios(result), "latency_failure": failure}

@@ -9,28 +9,28 @@ the rounds, of the ratio within a round. Beside it, the parts that XNNPACK runs 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
-from executorch.extension.pybindings import portable_lib
 from rich.progress import Progress
 from rich.table import Table
 from torch.export import ExportedProgram
 
 import reparam
 from common import console, parser, relative_error, training_model, write_json
-from reparam.export.executorch import ExecuTorch, ExecuTorchModel, mute
+from reparam.bench import Settings
+from reparam.bench.race import Loader, sample, timer_for
+from reparam.bench.runtimes import ExecuTorchRuntime, outputs
+from reparam.export.executorch import ExecuTorch
 from reparam.export.target import Options, quiet
-from reparam.timing import in_turn, summarise
+from reparam.timing import summarise
 
 MODELS = "repvit_m0_9 repghostnet_100 fastvit_sa12 levit_256 mobilevit_xxs vit_tiny_patch16_224".split()
-CALLS = 5  # in a row, of which the median counts
 
 
 class Recipe(ExecuTorch):
@@ -41,38 +41,29 @@ class Recipe(ExecuTorch):
         return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, settings: Settings) -> dict[str, Any]:
     """Time one network in both forms."""
     model, image = training_model(name)
     compiled = reparam.compile(model, image, verify=False)
     program = torch.export.export(compiled, (image,))
-    contestants: dict[str, ExecuTorchModel] = {}
+    loaders: dict[str, Loader] = {}
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for way, target in {"recipe": Recipe(), "reparam": ExecuTorch()}.items():
             path = Path(folder, f"{way}.pte")
             with quiet():
                 details = target.write(program, path, Options()).details
-            contestants[way] = ExecuTorchModel(path)
-            error = relative_error(contestants[way](image)[0], compiled(image))
-            portable = sum(details["portable_operators"].values())
-            result[way] = {"delegates": details["delegates"], "portable_operators": portable, "error": error}
-    seconds: dict[str, list[float]] = {way: [] for way in contestants}
-    for index in range(-1, rounds):
-        for way in in_turn(contestants, index):
-            times = [timed(lambda run=contestants[way]: run(image)) for _ in range(CALLS)]
-            if index >= 0:  # the first round warms up
-                seconds[way].append(summarise(times).median)
+            loaders[way] = partial(ExecuTorchRuntime().load, path, (image,), settings.threads)
+            result[way] = {
+                "delegates": details["delegates"],
+                "portable_operators": details["portable_operators"],
+                "error": relative_error(outputs(loaders[way]()())[0], compiled(image)),
+            }
+        seconds = sample([loaders], settings, timer_for("cpu"), lambda *told: None)
     for way, values in seconds.items():
         result[way]["seconds"] = asdict(summarise(values))
     ratios = [mine / theirs for mine, theirs in zip(seconds["reparam"], seconds["recipe"], strict=True)]
     return {**result, "ratio": asdict(summarise(ratios))}
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def cells(name: str, result: dict[str, Any]) -> list[str]:
@@ -80,7 +71,8 @@ def cells(name: str, result: dict[str, Any]) -> list[str]:
     ratio, ways = result["ratio"], []
     for way in ("recipe", "reparam"):
         found = result[way]
-        ways.append(f"{found['delegates']} / {found['portable_operators']} / {found['seconds']['median'] * 1e3:.1f}")
+        portable = sum(found["portable_operators"].values())
+        ways.append(f"{found['delegates']} / {portable} / {found['seconds']['median'] * 1e3:.1f}")
     return [name, *ways, f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"]
 
 
@@ -90,13 +82,11 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=31, help="interleaved repetitions (default: 31)")
     options.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    with mute():
-        portable_lib._unsafe_reset_threadpool(arguments.threads)
+    settings = Settings(threads=arguments.threads, rounds=arguments.rounds)
     results: dict[str, Any] = {}
     with Progress(console=console, transient=True) as progress:
         for name in progress.track(arguments.models, description="networks"):
-            results[name] = measure(name, arguments.rounds)
+            results[name] = measure(name, settings)
             write_json(arguments.json, results)
     header = ["network", "ExecuTorch's recipe: parts / portable operators / ms", "reparam", "time"]
     rows = [cells(name, result) for name, result in results.items()]

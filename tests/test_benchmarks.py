@@ -69,6 +69,20 @@ def test_deploy_times_each_network_in_a_process_of_its_own(tmp_path: Path) -> No
     assert "missed: no_such_model: " in ran.stdout
 
 
+@pytest.mark.slow
+def test_executorch_lowering_leaves_parts_to_xnnpack(tmp_path: Path) -> None:
+    pytest.importorskip("executorch.exir", reason="it is measured there")
+    results, name = tmp_path / "results.json", "test_mambaout"
+    ran = run("executorch_lowering.py", "--models", name, "--rounds", "2", "--markdown", "--json", str(results))
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(results.read_text())["results"][name]
+    assert found["reparam"]["delegates"] < found["recipe"]["delegates"]
+    assert "aten.split_with_sizes_copy" in found["recipe"]["portable_operators"]
+    assert "aten.split_with_sizes_copy" not in found["reparam"]["portable_operators"]
+    assert max(found[way]["error"] for way in ("recipe", "reparam")) < 1e-5
+    assert f"{found['ratio']['median']:.2f} (" in ran.stdout
+
+
 def deployed(eager: float, openvino: float | str, latency: float = 0.5, of_peak: float = 0.9) -> dict[str, Any]:
     """What `deploy.py` found of a network: ratios to timm's graph, or what failed."""
 
@@ -139,7 +153,7 @@ def test_deploy_shows_what_it_measured_and_fails(
 @pytest.mark.slow
 def test_memory_is_that_of_a_compilation(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    ran = run("memory.py", "--model", "test_vit", "--json", str(results))
+    ran = run("memory.py", "--model", "vit_tiny_patch16_224", "--json", str(results))
     assert ran.returncode == 0, ran.stderr
     found = json.loads(results.read_text())["results"]
     assert [result["verify"] for result in found] == [False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 _SIZES = {"cpu": (768, 1024, 1536), "cuda": (4096, 8192)}
 
 
-def products(device: str, dtype: torch.dtype) -> dict[int, Callable[[], object]]:
-    """Square matrix products, by the size of their matrices, ready to be timed.
+def products(device: str, dtype: torch.dtype) -> dict[int, Callable[[], Callable[[], Tensor]]]:
+    """Square matrix products, by the size of their matrices: functions that make the matrices, and return a product.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
@@ -24,7 +25,7 @@ def products(device: str, dtype: torch.dtype) -> dict[int, Callable[[], object]]
         result = torch.empty_like(a)
         return lambda: torch.mm(a, b, out=result)
 
-    return {size: product(size) for size in _SIZES[device]}
+    return {size: partial(product, size) for size in _SIZES[device]}
 
 
 def rate(multiply_adds: int, seconds: float) -> float:

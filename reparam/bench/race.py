@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -28,12 +29,14 @@ from reparam.timing import Timing
 from reparam.verify import TOLERANCES, compare
 
 Progress: TypeAlias = Callable[["int | None", "int | None", str], None]
+Loader: TypeAlias = Callable[[], Call]
 Timer: TypeAlias = Callable[[Call], float]
 KeyT = TypeVar("KeyT")
 
 FEWEST_ROUNDS = 7
+_ROUNDS_OF_A_LOADING = 4
 _WARMUPS = 3
-_TURN = 0.03  # seconds that a contestant computes at a time, at least one inference
+_TURN = 0.03  # seconds that are timed of each contestant in a round, on average, and at least one inference
 _CUDA_TOLERANCE = 1e-2  # convolutions in float32 use TF32 there unless told otherwise
 _CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _PACKAGES = ("torch", "onnxruntime", "openvino", "executorch")
@@ -212,8 +215,8 @@ def race(
     """Check and time graphs that compute the same.
 
     All are converted and compared with the first one, in eager PyTorch, before anything is timed; what fails or
-    disagrees is reported and not timed. Then every graph in every runtime has its turn, round after round, beside
-    matrix products that tell what the machine could do at that moment.
+    disagrees is reported and not timed. Then every runtime has its turn, round after round, in which the graphs
+    alternate; and so have matrix products, which tell what the machine could do at that moment.
 
     Args:
         graphs: Eval-mode modules by what they are called, such as ``"training"``; the first is the reference.
@@ -234,9 +237,9 @@ def race(
         if runtime.name in (only or {}).get(name, (runtime.name,))
     ]
     with tempfile.TemporaryDirectory() as folder, _one_setting_of_threads(settings.threads):
-        calls, rows = _prepare(graphs, inputs, entrants, settings, Path(folder), tell)
-        every: dict[Any, Call] = {**calls, **products(settings.device, settings.dtype)}
-        seconds = sample(every, settings, timer_for(settings.device, _CLOCKS[settings.clock]), tell)
+        loaders, rows = _prepare(graphs, inputs, entrants, settings, Path(folder), tell)
+        contests: list[dict[Any, Loader]] = [*loaders.values(), products(settings.device, settings.dtype)]
+        seconds = sample(contests, settings, timer_for(settings.device, _CLOCKS[settings.clock]), tell)
     timed = [replace(row, seconds=tuple(seconds.get((row.graph, row.runtime), ()))) for row in rows]
     matrices = {size: tuple(values) for size, values in seconds.items() if isinstance(size, int)}
     return Benchmark(tuple(timed), matrices, _about(inputs, settings))
@@ -266,9 +269,9 @@ def _prepare(
     settings: Settings,
     folder: Path,
     tell: Progress,
-) -> tuple[dict[tuple[str, str], Call], list[Row]]:
-    """Convert, load and check everything; what can be timed, and a row for each."""
-    calls: dict[tuple[str, str], Call] = {}
+) -> tuple[dict[str, dict[Any, Loader]], list[Row]]:
+    """Convert, load and check everything; what can be timed, by runtime, and a row for each."""
+    loaders: dict[str, dict[Any, Loader]] = {}
     rows = []
     reference, *_ = graphs.values()
     try:
@@ -285,17 +288,17 @@ def _prepare(
         try:
             runtime.require()
             source = runtime.convert(graph, inputs, place)
-            call = runtime.load(source, inputs, settings.threads)
-            largest = _check(expected, outputs(call()), settings.tolerance)
+            load = partial(runtime.load, source, inputs, settings.threads)
+            largest = _check(expected, outputs(load()()), settings.tolerance)
         except VerificationError as failure:
             rows.append(replace(row, failure=f"wrong, so not timed: {failure}"))
         except Exception as failure:
             rows.append(replace(row, failure=reason(failure)))
         else:
-            calls[name, runtime.name] = call
+            loaders.setdefault(runtime.name, {})[name, runtime.name] = load
             row = replace(row, error=largest, size=_size(source))
             rows.append(_with_memory(row, runtime, source, inputs, settings) if settings.memory else row)
-    return calls, rows
+    return loaders, rows
 
 
 def _check(expected: Sequence[Tensor], actual: Sequence[Tensor], tolerance: float) -> float:
@@ -317,51 +320,74 @@ def _with_memory(row: Row, runtime: Runtime, source: Source, inputs: Inputs, set
 
 
 def timer_for(device: str, clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """What times one turn: one inference untimed, so that caches hold what it needs, then some; their median."""
+    """What times an inference, after one that is not timed: others have used the caches since its last one."""
 
     def on_cpu(call: Call) -> float:
         call()
-        seconds: list[float] = []
-        while not seconds or sum(seconds) < _TURN:
-            start = clock()
-            call()
-            seconds.append(clock() - start)
-        return statistics.median(seconds)
+        start = clock()
+        call()
+        return clock() - start
 
     def on_cuda(call: Call) -> float:
         call()
-        total, count = 0.0, 0
-        while total < _TURN:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(10):  # queued up, so that what is measured is not how fast Python asks
-                call()
-            end.record()
-            end.synchronize()
-            total, count = total + start.elapsed_time(end) / 1e3, count + 10
-        return total / count
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):  # queued up, so that what is measured is not how fast Python asks
+            call()
+        end.record()
+        end.synchronize()
+        milliseconds: float = start.elapsed_time(end) / 10
+        return milliseconds / 1e3
 
     return on_cuda if device == "cuda" else on_cpu
 
 
-def sample(calls: Mapping[KeyT, Call], settings: Settings, timer: Timer, tell: Progress) -> dict[KeyT, list[float]]:
-    """Seconds of every contestant, one number a round, in an order of its own; warmed up before."""
-    seconds: dict[KeyT, list[float]] = {key: [] for key in calls}
-    for done, call in enumerate(calls.values()):
-        tell(done, len(calls), "warming up")
-        for _ in range(_WARMUPS):
-            call()
-    gc.collect()  # now, and not in the middle of somebody's turn
+def sample(
+    contests: Sequence[Mapping[KeyT, Loader]], settings: Settings, timer: Timer, tell: Progress
+) -> dict[KeyT, list[float]]:
+    """Seconds of every contestant of every contest, one number a round.
+
+    All are loaded anew every few rounds, in another order: where in memory a program came to lie changes its time by
+    a percent or so, which would pass for a difference between programs (Mytkowicz et al., "Producing Wrong Data
+    Without Doing Anything Obviously Wrong!", ASPLOS 2009).
+    """
+    loaders = {key: load for contest in contests for key, load in contest.items()}
+    seconds: dict[KeyT, list[float]] = {key: [] for key in loaders}
+    calls: dict[KeyT, Call] = {}
     with timing.collector_paused():
         started = time.perf_counter()
         for index in itertools.count():
             spent = time.perf_counter() - started
             if index >= (settings.rounds or FEWEST_ROUNDS) and (settings.rounds or spent >= settings.min_time):
                 return seconds
+            if index % _ROUNDS_OF_A_LOADING == 0:
+                tell(index, settings.rounds, "loading")
+                calls.clear()
+                calls.update(_loaded(loaders, index // _ROUNDS_OF_A_LOADING))
             tell(index, settings.rounds, f"timing, round {index + 1}")
-            for key in timing.in_turn(calls, index):
-                seconds[key].append(timer(calls[key]))
+            for contest in timing.in_turn(contests, index):
+                for key, median in _alternate({key: calls[key] for key in contest}, timer, index).items():
+                    seconds[key].append(median)
     raise AssertionError  # count() never ends
+
+
+def _loaded(loaders: Mapping[KeyT, Loader], index: int) -> dict[KeyT, Call]:
+    """All contestants, warmed up."""
+    gc.collect()  # now, and not in the middle of somebody's turn
+    calls = {key: loaders[key]() for key in timing.in_turn(loaders, index)}
+    for call in [*calls.values()] * _WARMUPS:
+        call()
+    return calls
+
+
+def _alternate(calls: Mapping[KeyT, Call], timer: Timer, index: int) -> dict[KeyT, float]:
+    """Median seconds of those who are compared: one inference of each in turn, so that a slow moment falls on all."""
+    seconds: dict[KeyT, list[float]] = {key: [] for key in calls}
+    while sum(map(sum, seconds.values())) < _TURN * len(calls):
+        for key in timing.in_turn(calls, index):
+            seconds[key].append(timer(calls[key]))
+        index += 1
+    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
 def _about(inputs: Inputs, settings: Settings) -> dict[str, Any]:
