@@ -1,6 +1,6 @@
 """The promise, measured: no compiled graph is slower than timm's own deploy graph, wherever it runs.
 
-    python benchmarks/deploy.py [--check] [--models NAME ...] [--threads 2] [--rounds 15] [--json FILE] [--markdown]
+    python benchmarks/deploy.py [--check] [--models NAME ...] [--threads 2] [--rounds 15] [--no-training] [--json FILE]
 
 Twelve networks, one image of each network's own size, in PyTorch eager, ONNX Runtime, OpenVINO and ExecuTorch: as
 trained, as timm deploys them and as reparam compiles them, all in turn within one process for each network. A ratio is
@@ -45,8 +45,8 @@ NEAR_THE_LIMIT = ("repvit_m0_9", 0.75)  # of the matrix-product peak
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time one network, in this process."""
     model, image = training_model(name)
-    graphs = {
-        "training": model,
+    graphs = {"training": model} if options.training else {}
+    graphs |= {
         "timm": reparameterize_model(model),
         "reparam": reparam.compile(model, image, verify=False),
     }
@@ -77,6 +77,7 @@ def in_process_of_its_own(name: str, options: argparse.Namespace) -> dict[str, A
         answer = Path(folder, "answer.json")
         command = [sys.executable, __file__, "--one", name, "--json", str(answer), "--threads", str(options.threads)]
         command += ["--rounds", str(options.rounds), "--clock", options.clock, "--runtimes", *options.runtimes]
+        command += ["--training" if options.training else "--no-training"]
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode != 0:
             return {"failure": (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]}
@@ -162,6 +163,9 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: 15)")
     options.add_argument("--runtimes", nargs="+", default=RUNTIMES, choices=RUNTIMES, metavar="NAME")
     options.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: for a busy machine")
+    options.add_argument(
+        "--training", action=argparse.BooleanOptionalAction, default=True, help="time the training graphs, too"
+    )
     options.add_argument("--check", action="store_true", help="exit with status 1 if a bar is missed")
     options.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)  # what the processes of its own are asked

@@ -63,7 +63,7 @@ def test_runtimes_have_their_turns_in_ever_new_orders_in_which_their_graphs_alte
 
     def timer(call: Callable[[], object]) -> float:
         rounds[-1] += str(call())
-        return {"a": 0.01, "b": 0.04}.get(rounds[-1][-1], 0.06)  # of a and b together, 60 ms are two each
+        return {"a": 0.03, "b": 0.14}.get(rounds[-1][-1], 0.2)  # of a and b together, 200 ms are two each
 
     def told(done: int | None, total: int | None, label: str) -> None:
         rounds.extend([""] * label.startswith("timing"))
