@@ -4,6 +4,8 @@
 every in-place operation becomes its out-of-place twin, and later readers of the value read the twin. That is right
 when nobody reads the same memory under another name later: as a view of it, or as the tensor that it is a view of.
 Where somebody does, everything that touches the memory is frozen and runs as it was written.
+
+When the graph is final, activations are put in place wherever nobody can see it, for less memory has to be written.
 """
 
 from __future__ import annotations
@@ -31,6 +33,18 @@ _OPERATORS = {
 
 # torch.nn layers that return their input, or a view of it.
 _RETURNS_INPUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+
+# Activations of one value that keep its type, as functions and layers; gradients in place are those out of place.
+_ACTIVATIONS = frozenset("relu relu6 gelu silu hardswish hardsigmoid mish".split())
+_ACTIVATION_LAYERS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
+GELU_ = torch._C._nn.gelu_  # type: ignore[attr-defined]  # without a name in torch.nn.functional
+_OVERWRITING: dict[Any, Any] = {torch.relu: torch.relu_, F.gelu: GELU_}
+# What makes new memory and does not need to keep it for its gradient, as layers and functions.
+_FRESH_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_FRESH = frozenset(
+    """add sub mul truediv iadd isub imul itruediv conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d linear matmul batch_norm layer_norm group_norm""".split()
+)
 
 
 def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> list[Node]:
@@ -299,21 +313,35 @@ def _returns_argument(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return False
 
 
-def restore_in_place(graph: Graph, modules: Mapping[str, Any]) -> None:
-    """Make what was in place so again where its input is new memory that nobody else reads.
+def work_in_place(graph: Graph, modules: MutableMapping[str, Any]) -> None:
+    """Let activations, and what was in place before, overwrite their input where it is new memory for them alone.
+
+    A feature map less is written, and its memory is not asked for. Gradients stay right: whatever made the memory does
+    not need its result for them.
 
     Args:
-        graph: The final graph.
-        modules: The module for every target of a ``call_module`` node.
+        graph: The final graph, changed here.
+        modules: What it calls and reads, by path; changed here.
     """
+    from reparam.capture import carries_hooks
+
     calls: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
         elif "in_place" in node.meta and _is_private(_first(node), modules):
             node.target = node.meta["in_place"]
+        if facts.target_name(node) in _ACTIVATIONS and _is_private(_first(node), modules):
+            _overwrite_input(node)
     for path, nodes in calls.items():
-        if all("in_place" in node.meta and _is_private(node.args[0], modules) for node in nodes):
+        if not all(_is_private(_first(node), modules) for node in nodes) or carries_hooks(modules[path]):
+            continue
+        if type(modules[path]) is nn.GELU:  # which has no in-place form, as its function has none
+            for node in nodes:
+                node.op, node.target = "call_function", GELU_
+                node.kwargs = {} if modules[path].approximate == "none" else {"approximate": modules[path].approximate}
+            del modules[path]
+        elif isinstance(modules[path], _ACTIVATION_LAYERS) or all("in_place" in node.meta for node in nodes):
             modules[path].inplace = True
 
 
@@ -322,9 +350,24 @@ def _first(node: Node) -> Any:
 
 
 def _is_private(value: Any, modules: Mapping[str, Any]) -> bool:
-    """Whether a value lies in memory of its own, for one reader."""
-    if not isinstance(value, Node) or len(value.users) != 1 or value.op != "call_module":
+    """Whether a value lies in memory of its own, for one reader, and gradients do not need it."""
+    if not isinstance(value, Node) or len(value.users) != 1 or "frozen" in value.meta:
         return False
-    module = modules[str(value.target)]
-    fresh = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
-    return isinstance(module, fresh)
+    if value.op == "call_module":
+        from reparam.capture import carries_hooks
+        from reparam.lift import is_leaf
+
+        module = modules[str(value.target)]
+        return isinstance(module, _FRESH_LAYERS) and is_leaf(module) and not carries_hooks(module)
+    return facts.target_name(value) in _FRESH and value.kwargs.get("out") is None
+
+
+def _overwrite_input(node: Node) -> None:
+    """Turn a call of an activation that is a function into one in place, where there is such a form."""
+    if node.op == "call_method":
+        node.target = f"{facts.target_name(node)}_"
+    elif (position := _inplace_position(node.target)) is not None:
+        node.args = node.args[:position]
+        node.kwargs = {**node.kwargs, "inplace": True}
+    else:
+        node.target = _OVERWRITING.get(node.target, node.target)

@@ -288,7 +288,7 @@ def _compile_graph(
     before = measure.kinds_of_graph(graph.fx, modules, parts.replaced)
     outcome = rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)
     used = emit.emit(graph, *_dtypes(modules))
-    aliasing.restore_in_place(graph.fx, used)
+    aliasing.work_in_place(graph.fx, used)
     compiled = CompiledModel(used, graph.fx, name)
     capturing.move_hooks(captured.root.__dict__, compiled)
     after = measure.kinds_of_graph(graph.fx, used)

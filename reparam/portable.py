@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.overrides import get_overridable_functions
 
+from reparam.aliasing import GELU_
 from reparam.checkpoint import mismatch
 from reparam.emit import Affine
 from reparam.errors import CheckpointError, ExportError
@@ -403,7 +404,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     found |= {f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "prod", "sqrt", "trunc")}
     found |= {f"builtins.{name}": getattr(builtins, name) for name in sorted(_BUILTINS)}
     found |= {f"torch.Tensor.{name}": getattr(Tensor, name) for name in sorted(tensor_methods())}
-    found["torch._assert"] = torch._assert
+    found |= {"torch._assert": torch._assert, "torch._C._nn.gelu_": GELU_}
     return found
 
 

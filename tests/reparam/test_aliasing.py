@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import reparam
-from reparam.aliasing import is_in_place, make_out_of_place, restore_in_place
+from reparam import facts
+from reparam.aliasing import is_in_place, make_out_of_place
 from reparam.capture import capture
 from reparam.verify import compare
 
@@ -129,25 +133,99 @@ def test_a_shared_layer_is_in_place_only_in_the_call_that_has_to_be() -> None:
     assert [layer.inplace for layer in layers] == [False, True, False]
 
 
-def test_in_place_comes_back_only_where_nobody_else_can_see_it() -> None:
-    def after(forward: Callable[..., Any]) -> bool:
-        captured = capture(Net(forward))
-        modules = dict(captured.modules)
-        make_out_of_place(captured.graph, modules)
-        assert not modules["act"].inplace
-        restore_in_place(captured.graph, modules)
-        return bool(modules["act"].inplace)
+def written(model: nn.Module, x: Tensor) -> list[str]:
+    """Compile, compare, and tell what is in place afterwards; neither the model nor its input is changed."""
+    compiled, before = reparam.compile(model, x), x.clone()
+    with torch.no_grad():
+        compare(model(x.clone()), compiled(x))
+    assert torch.equal(x, before)
+    modules = dict(compiled.named_modules())
+    found = [node for node in compiled.graph.nodes if is_in_place(node, modules)]
+    return [type(modules[n.target]).__name__ if n.op == "call_module" else facts.target_name(n) for n in found]
 
-    assert after(lambda net, x: net.act(net.conv(x)))
-    assert not after(lambda net, x: net.act(x))
-    assert not after(lambda net, x: net.act(net.conv(x)) + net.act(x))
 
-    def twice(net: Net, x: Tensor) -> Tensor:
-        y = net.conv(x)
-        z = y * 2
-        return net.act(y) + z
+ACTIVATIONS = {
+    "relu": [nn.ReLU(), nn.ReLU(inplace=True), F.relu, torch.relu, lambda y: y.relu(), lambda y: F.relu(y, False)],
+    "relu6": [nn.ReLU6(), F.relu6],
+    "gelu": [nn.GELU(), nn.GELU("tanh"), F.gelu, lambda y: F.gelu(y, approximate="tanh")],
+    "silu": [nn.SiLU(), F.silu],
+    "hardswish": [nn.Hardswish(), F.hardswish],
+    "hardsigmoid": [nn.Hardsigmoid(), F.hardsigmoid],
+    "mish": [nn.Mish(), F.mish],
+}
+MADE = {
+    "convolution": lambda net, x: net.conv(x),
+    "convolution as a function": lambda net, x: F.conv2d(x, net.conv.weight, padding=1),
+    "sum": lambda net, x: x + net.conv(x),
+    "product": lambda net, x: x.roll(1) * net.conv(x),
+    "matrix product": lambda net, x: x.transpose(2, 3) @ net.conv(x),
+}
 
-    assert not after(twice)
+
+class Activated(Net):
+    def __init__(self, forward: Callable[..., Any], activation: Any) -> None:
+        super().__init__(forward)
+        self.activation = activation
+
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+@pytest.mark.parametrize(("name", "activation"), [(name, each) for name, all in ACTIVATIONS.items() for each in all])
+def test_an_activation_overwrites_new_memory(made: Callable[..., Tensor], name: str, activation: Any) -> None:
+    model = Activated(lambda net, x: net.activation(made(net, x)), activation).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    assert [kind.lower() for kind in written(model, x)] == [name]
+    assert getattr(activation, "inplace", None) in (None, "inplace=True" in repr(activation))
+
+    fused = reparam.compile(model, x, trainable=True)
+    for graph in (fused, pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused)):
+        reference, given = x.clone().requires_grad_(), x.clone().requires_grad_()
+        # Once more through the weights, so that what is kept for their gradients is read, too.
+        expected = torch.autograd.grad(model(reference).square().sum(), [reference, model.conv.weight])
+        weight = next(p for p in graph.parameters() if p.dim() == 4)
+        compare(expected, torch.autograd.grad(graph(given).square().sum(), [given, weight]), 1e-12)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), F.silu, torch.relu, lambda y: y.relu()])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.activation(x),
+        lambda net, x: net.activation(x.view(2, 3, 20)),
+        lambda net, x: net.activation(net.conv(x).flatten(1)),
+        lambda net, x: (lambda y: (y, net.activation(y)))(net.conv(x)),
+        lambda net, x: (lambda y: (y.mean(), net.activation(y)))(net.conv(x)),
+        lambda net, x: (lambda y: net.activation(y) + y)(net.conv(x)),
+        # The gradient of the first one needs what it returned.
+        lambda net, x: net.activation(torch.sigmoid(x)),
+        lambda net, x: net.activation(x.exp()),
+    ],
+)
+def test_an_activation_overwrites_nothing_that_is_read_elsewhere(forward: Any, activation: Any) -> None:
+    assert not written(Activated(forward, activation).double(), torch.randn(2, 3, 4, 5, dtype=torch.float64))
+
+
+def test_a_shared_activation_overwrites_in_all_its_calls_or_in_none() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    for activation, name in ((nn.SiLU(), "SiLU"), (nn.GELU(), "gelu")):
+        everywhere = Activated(lambda net, x: net.activation(x * 2) + net.activation(net.conv(x)), activation)
+        assert written(everywhere.double(), x) == [name, name]
+        once = Activated(lambda net, x: net.activation(x) + net.activation(net.conv(x)), activation)
+        assert not written(once.double(), x)
+
+
+def test_what_a_hook_sees_is_not_overwritten() -> None:
+    for hooked in ("conv", "activation"):
+        model, seen = Activated(lambda net, x: net.activation(net.conv(x)), nn.SiLU()).double(), []
+        model.get_submodule(hooked).register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        assert not written(model, torch.randn(2, 3, 4, 5, dtype=torch.float64))
+        assert all(torch.equal(values, seen[0]) for values in seen)
+
+
+def test_an_activation_in_place_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = Activated(lambda net, x: net.activation(net.conv(x)), nn.GELU("tanh"))
+    compiled = reparam.compile(model, x := torch.randn(2, 3, 4, 5))
+    reparam.save(compiled, tmp_path / "model.safetensors")
+    assert torch.equal(reparam.load(tmp_path / "model.safetensors")(x), compiled(x))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +234,8 @@ def test_in_place_comes_back_only_where_nobody_else_can_see_it() -> None:
         (lambda net, x: net.conv(x).__iadd__(F.silu(x)), True),
         (lambda net, x: net.conv(x).mul_(x), True),
         (lambda net, x: torch.relu_(net.conv(x)), True),
-        (lambda net, x: (x * 2).add_(x), False),  # not known to be new memory
+        (lambda net, x: (x * x).add_(x), True),
+        (lambda net, x: x.roll(1).add_(x), False),  # not known to be new memory
         (lambda net, x: _then(net.conv(x), lambda y: y.add_(F.silu(x))), True),
         (lambda net, x: (lambda y: (y * 2, y.add_(x)))(net.conv(x)), False),
     ],
