@@ -306,6 +306,20 @@ def channels(module: nn.Module | None, rank: int | None) -> tuple[int, int] | No
     return None
 
 
+def channels_read(node: Node, modules: Mapping[str, nn.Module]) -> tuple[int, int] | None:
+    """Number of channels that a layer takes which reads a value, and their axis counted from the end."""
+    for reader in node.users:
+        module = modules[str(reader.target)] if reader.op == "call_module" and reader.args[:1] == (node,) else None
+        if not _is_leaf(module):
+            continue
+        for dimensions, classes in _CONVS.items():
+            if isinstance(module, classes):
+                return module.in_channels, -dimensions - 1
+        if isinstance(module, nn.Linear):
+            return module.in_features, -1
+    return None
+
+
 def is_floating(node: Node) -> bool:
     """Whether the value of a node may be of floating-point numbers; an integer times a float is no scaled integer."""
     name = target_name(node)

@@ -329,6 +329,27 @@ def _(module: nn.Module, input: Any) -> Operator:
     return ChannelAffine.uniform(1.0)
 
 
+@register(nn.LeakyReLU)
+def _(module: nn.LeakyReLU, input: Any) -> Operator | Sum | None:
+    return _leaky_relu(input, module.negative_slope)
+
+
+@register(F.leaky_relu)
+def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: bool = False) -> Operator | None:
+    # A slope of 1 is no activation any more; VanillaNet (Chen et al., NeurIPS 2023) ends its training there.
+    return ChannelAffine.uniform(1.0) if isinstance(negative_slope, int | float) and negative_slope == 1 else None
+
+
+@register(nn.PReLU)
+def _(module: nn.PReLU, input: Any) -> Operator | Sum | None:
+    return _prelu(input, module.weight)
+
+
+@register(F.prelu, torch.prelu)
+def _prelu(input: Any, weight: Any) -> Operator | None:
+    return ChannelAffine.uniform(1.0) if isinstance(weight, Tensor) and bool((weight == 1).all()) else None
+
+
 @register(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def _(module: Any, input: Any) -> Operator:
     space = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[_leaf_class(type(module))]  # type: ignore[index]

@@ -112,7 +112,7 @@ def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
         # An example may show that a squeeze does nothing, say.
         node.meta["axes"] = found if found is not None and node.meta["rank"] == found.out_rank else None
         if "channels" not in node.meta:
-            known = _inherited_channels(node)
+            known = _inherited_channels(node) or facts.channels_read(node, modules)
             if known is not None:
                 node.meta["channels"] = known
 
@@ -224,9 +224,10 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
         counts = [channels(part, along) for part in parts]
         return None if None in counts else (sum(filter(None, counts)), along)
     if node.op.startswith("call") and name in facts.ARITHMETIC:
-        # More than one channel beside whatever broadcasts to it.
-        ranks = {source.meta.get("rank") for source in node.all_input_nodes if source.meta.get("kind") == "tensor"}
-        return next((own for own in known if own and own[0] > 1 and len(ranks) == 1), None)
+        # More than one channel: whatever else is as long along that axis, counted from the end, or broadcasts.
+        return next((own for own in known if own and own[0] > 1), None)
+    if (found := part(node)) is not None and found.is_slice:
+        return found.stop - found.start, found.axis
     moved = axes(node)
     if moved is not None:
         own = known[0]

@@ -42,14 +42,29 @@ NO_OPS = {
     "over one": lambda s, x: x / 1,
     "padding by nothing": lambda s, x: F.pad(x, (0, 0)),
     "unary plus": lambda s, x: +x,
+    "leaky relu of slope one": lambda s, x: F.leaky_relu(x, 1),
+    "leaky relu of slope one as a layer": lambda s, x: s.leaky(x),
+    "prelu of ones": lambda s, x: s.prelu(x),
+    "prelu of ones as a function": lambda s, x: F.prelu(x, s.prelu.weight),
 }
 
 
 @pytest.mark.parametrize("name", NO_OPS)
 def test_what_does_nothing_launches_nothing(name):
-    net = model(lambda s, x: NO_OPS[name](s, x.relu()).sigmoid())
+    layers = {"leaky": nn.LeakyReLU(1.0), "prelu": nn.PReLU(3)}
+    net = model(lambda s, x: NO_OPS[name](s, x.tanh()).sigmoid(), **layers)
+    net.prelu.weight.data.fill_(1)
     compiled = reparam.compile(net)
     assert compiled.report.after.kernels == 2
+    assert_same(net, compiled, image(3, 2))
+
+
+@given(slopes=st.lists(st.sampled_from([1.0, 0.25, -1.0]), min_size=3, max_size=3))
+def test_slopes_that_do_something_stay(slopes):
+    net = model(lambda s, x: F.leaky_relu(s.prelu(x.tanh()), slopes[0]).sigmoid(), prelu=nn.PReLU(3))
+    net.prelu.weight.data.copy_(torch.tensor(slopes))
+    compiled = reparam.compile(net)
+    assert compiled.report.after.kernels == 2 + (set(slopes) != {1.0}) + (slopes[0] != 1.0)
     assert_same(net, compiled, image(3, 2))
 
 

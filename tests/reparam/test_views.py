@@ -283,6 +283,26 @@ def test_sizes_that_layers_show():
     assert size_of(lambda s, x: torch.cat([s.conv(x), s.conv(x)], 1), 1, **layers) == 16
 
 
+@pytest.mark.parametrize(
+    ("layer", "axis"), [(nn.Conv2d(6, 8, 3, groups=2), 1), (nn.ConvTranspose2d(6, 3, 2), 1), (nn.Linear(6, 2), 3)]
+)
+def test_sizes_that_readers_show(layer, axis):
+    node, _ = last_node(lambda s, x: s.layer(x.roll(1)), normal(2, 6, 4, 6), True, layer=layer)
+    (read,) = node.all_input_nodes
+    assert views.size(read, axis) == 6
+    assert views.size(read, 2) == (read, 2)
+
+
+def test_sizes_of_parts_and_of_what_broadcasts():
+    layers = {"conv": nn.Conv2d(3, 8, 3), "factor": nn.Parameter(normal(1)), "row": nn.Parameter(normal(8, 1, 1))}
+    assert size_of(lambda s, x: s.conv(x).split([3, 5], 1)[1], 1, **layers) == 5
+    assert size_of(lambda s, x: s.conv(x)[:, 2:4].relu(), 1, **layers) == 2
+    assert size_of(lambda s, x: s.conv(x) * s.factor, 1, **layers) == 8
+    assert size_of(lambda s, x: s.row + s.conv(x), 1, **layers) == 8
+    # A part of the height has as many channels as the whole.
+    assert size_of(lambda s, x: s.conv(x)[:, :, 2:4], 1, **layers) == 8
+
+
 def test_sizes_that_come_from_the_input():
     layers = {"conv": nn.Conv2d(3, 8, 3, 2), "other": nn.Conv2d(8, 8, 1)}
     assert size_of(lambda s, x: F.relu(s.conv(x)), 0, IMAGE, **layers) == ("x", 0)
