@@ -213,6 +213,17 @@ def test_a_shared_activation_overwrites_in_all_its_calls_or_in_none() -> None:
         assert not written(once.double(), x)
 
 
+def test_memory_that_is_read_under_another_name_is_not_overwritten() -> None:
+    def forward(net: Net, x: Tensor) -> Any:
+        y = net.conv(x)
+        view = y.view(-1)
+        return net.activation(y.add_(1)), view * 2
+
+    for activation in (nn.SiLU(), nn.GELU(), F.silu, torch.relu):
+        model = Activated(forward, activation).double()
+        assert written(model, torch.randn(2, 3, 4, 5, dtype=torch.float64)) == ["add"]
+
+
 def test_what_a_hook_sees_is_not_overwritten() -> None:
     for hooked in ("conv", "activation"):
         model, seen = Activated(lambda net, x: net.activation(net.conv(x)), nn.SiLU()).double(), []
