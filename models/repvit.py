@@ -386,7 +386,7 @@ class Variant:
             raise CheckpointError(
                 "this is not the checkpoint of a RepViT in training form: it has neither timm's "
                 "'stages.0.blocks.0.token_mixer.conv.c.weight' nor the authors' "
-                "'features.1.token_mixer.0.conv.c.weight'; a network that is already fused has neither too"
+                "'features.1.token_mixer.0.conv.c.weight' (a network that is already fused has none of them)"
             )
         widths, depths = zip(*((blocks[0], len(blocks)) for _, blocks in sorted(stages.items())), strict=True)
         return cls(widths, depths, any(key.endswith("token_mixer.conv1.c.weight") for key in state))
