@@ -82,8 +82,11 @@ _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad 
 def target_name(node: Node) -> str:
     """Name of what a function or method node calls, without module, overload or trailing underscore.
 
-    Empty for a function that is neither torch's nor Python's: its name says nothing about what it computes.
+    Empty for all other nodes, whose targets are names that a user has chosen, and for a function that is neither
+    torch's nor Python's: its name says nothing about what it computes.
     """
+    if node.op not in ("call_function", "call_method"):
+        return ""
     if isinstance(node.target, OpOverload):
         # One of a library's own may be called as one of torch's is, and be something else.
         return node.target._schema.name.removeprefix("aten::").rstrip("_")

@@ -204,6 +204,19 @@ def test_an_activation_overwrites_nothing_that_is_read_elsewhere(forward: Any, a
     assert not written(Activated(forward, activation).double(), torch.randn(2, 3, 4, 5, dtype=torch.float64))
 
 
+def test_names_that_users_give_are_no_operations() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu, self.mul = nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Parameter(torch.randn(1, 3, 1, 1))
+
+        def forward(self, add: Tensor) -> Tensor:
+            return self.conv(self.relu(add)) + F.silu(self.mul)
+
+    model = Named().double()
+    assert not written(model, torch.randn(2, 3, 4, 5, dtype=torch.float64))
+
+
 def test_a_shared_activation_overwrites_in_all_its_calls_or_in_none() -> None:
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     for activation, name in ((nn.SiLU(), "SiLU"), (nn.GELU(), "gelu")):
