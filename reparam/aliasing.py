@@ -39,12 +39,8 @@ _ACTIVATIONS = frozenset("relu relu6 gelu silu hardswish hardsigmoid mish".split
 _ACTIVATION_LAYERS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
 GELU_ = torch._C._nn.gelu_  # type: ignore[attr-defined]  # without a name in torch.nn.functional
 _OVERWRITING: dict[Any, Any] = {torch.relu: torch.relu_, F.gelu: GELU_}
-# What makes new memory and does not need to keep it for its gradient, as layers and functions.
-_FRESH_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-_FRESH = frozenset(
-    """add sub mul truediv iadd isub imul itruediv conv1d conv2d conv3d conv_transpose1d conv_transpose2d
-    conv_transpose3d linear matmul batch_norm layer_norm group_norm""".split()
-)
+# What makes new memory and does not need to keep it for its gradient, beside layers.
+_FRESH = frozenset("add sub mul truediv iadd isub imul itruediv matmul".split())
 
 
 def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> list[Node]:
@@ -358,8 +354,9 @@ def _is_private(value: Any, modules: Mapping[str, Any]) -> bool:
         from reparam.lift import is_leaf
 
         module = modules[str(value.target)]
-        return isinstance(module, _FRESH_LAYERS) and is_leaf(module) and not carries_hooks(module)
-    return facts.target_name(value) in _FRESH and value.kwargs.get("out") is None
+        return facts.is_layer(value, modules) and is_leaf(module) and not carries_hooks(module)
+    is_fresh = facts.is_layer(value, modules) or facts.target_name(value) in _FRESH
+    return is_fresh and value.kwargs.get("out") is None
 
 
 def _overwrite_input(node: Node) -> None:

@@ -235,10 +235,14 @@ class Arguments:
         return self.node.kwargs.get(name)
 
 
+def _conv_dimensions(module: nn.Module | None) -> int | None:
+    """Along how many axes a layer convolves; None when it does not."""
+    return next((dimensions for dimensions, classes in _CONVS.items() if isinstance(module, classes)), None)
+
+
 def _module_rank(module: nn.Module | None, known: int | None) -> int | None:
-    for dimensions, classes in _CONVS.items():
-        if isinstance(module, classes):
-            return dimensions + 2
+    if (dimensions := _conv_dimensions(module)) is not None:
+        return dimensions + 2
     if isinstance(module, nn.BatchNorm2d):
         return 4
     if isinstance(module, nn.BatchNorm3d):
@@ -299,9 +303,8 @@ def _indexed(node: Node, known: int | None) -> int | None:
 
 def channels(module: nn.Module | None, rank: int | None) -> tuple[int, int] | None:
     """Number of channels that a layer makes, and their axis counted from the end."""
-    for dimensions, classes in _CONVS.items():
-        if isinstance(module, classes):
-            return module.out_channels, -dimensions - 1
+    if isinstance(module, nn.modules.conv._ConvNd) and (dimensions := _conv_dimensions(module)) is not None:
+        return module.out_channels, -dimensions - 1
     if isinstance(module, nn.Linear):
         return module.out_features, -1
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and rank is not None:
@@ -315,9 +318,8 @@ def channels_read(node: Node, modules: Mapping[str, nn.Module]) -> tuple[int, in
         module = modules[str(reader.target)] if reader.op == "call_module" and reader.args[:1] == (node,) else None
         if not _is_leaf(module):
             continue
-        for dimensions, classes in _CONVS.items():
-            if isinstance(module, classes):
-                return module.in_channels, -dimensions - 1
+        if isinstance(module, nn.modules.conv._ConvNd) and (dimensions := _conv_dimensions(module)) is not None:
+            return module.in_channels, -dimensions - 1
         if isinstance(module, nn.Linear):
             return module.in_features, -1
     return None
@@ -346,13 +348,13 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
         if node.op == "placeholder" and "dtype" not in node.meta:
             divided = any(target_name(reader) in _DIVISIONS for reader in _readers(node, live, _is_sum))
             index = any(_looks_up(reader, modules) for reader in _readers(node, live, _is_arithmetic))
-            read_by_layer = any(_is_layer(reader, modules) for reader in node.users if reader in live)
+            read_by_layer = any(is_layer(reader, modules) for reader in node.users if reader in live)
             node.meta["floating"] = read_by_layer or not (divided or index)
         elif node.op in ("call_function", "call_method"):
             node.meta["floating"] = is_floating(node)
 
 
-def _is_layer(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+def is_layer(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node applies weights, which no integers have."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], _LAYERS)
@@ -376,9 +378,8 @@ def _rank_read(reader: Node, modules: Mapping[str, nn.Module]) -> int | None:
         return _CONV_FUNCTIONS.get(target_name(reader)) if reader.op == "call_function" else None
     module = modules[str(reader.target)]
     norms = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-    for dimensions, classes in _CONVS.items():
-        if isinstance(module, classes):
-            return dimensions + 2
+    if (dimensions := _conv_dimensions(module)) is not None:
+        return dimensions + 2
     return next((rank for cls, rank in norms.items() if isinstance(module, cls)), None)
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import reparam
 from reparam import facts
-from reparam.aliasing import is_in_place, make_out_of_place
+from reparam.aliasing import is_in_place, make_out_of_place, work_in_place
 from reparam.capture import capture
 from reparam.verify import compare
 
@@ -133,6 +133,27 @@ def test_a_shared_layer_is_in_place_only_in_the_call_that_has_to_be() -> None:
     assert [layer.inplace for layer in layers] == [False, True, False]
 
 
+def test_in_place_comes_back_only_where_nobody_else_can_see_it() -> None:
+    def after(forward: Callable[..., Any]) -> bool:
+        captured = capture(Net(forward))
+        modules = dict(captured.modules)
+        make_out_of_place(captured.graph, modules)
+        assert not modules["act"].inplace
+        work_in_place(captured.graph, modules)
+        return bool(modules["act"].inplace)
+
+    assert after(lambda net, x: net.act(net.conv(x)))
+    assert not after(lambda net, x: net.act(x))
+    assert not after(lambda net, x: net.act(net.conv(x)) + net.act(x))
+
+    def twice(net: Net, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        z = y * 2
+        return net.act(y) + z
+
+    assert not after(twice)
+
+
 def written(model: nn.Module, x: Tensor) -> list[str]:
     """Compile, compare, and tell what is in place afterwards; neither the model nor its input is changed."""
     compiled, before = reparam.compile(model, x), x.clone()
@@ -215,6 +236,13 @@ def test_names_that_users_give_are_no_operations() -> None:
 
     model = Named().double()
     assert not written(model, torch.randn(2, 3, 4, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layer", [nn.LeakyReLU, nn.ELU, nn.CELU])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_other_layers_are_in_place_only_if_they_were(layer: type[nn.Module], inplace: bool) -> None:
+    model = Activated(lambda net, x: net.activation(net.conv(x)), layer(0.1, inplace=inplace)).double()
+    assert written(model, torch.randn(2, 3, 4, 5, dtype=torch.float64)) == [layer.__name__] * inplace
 
 
 def test_a_shared_activation_overwrites_in_all_its_calls_or_in_none() -> None:
