@@ -25,11 +25,10 @@ def as_read(pixels: Tensor, image: ImageInput) -> Tensor:
 
 def test_different_std_goes_into_the_first_convolution(model: nn.Module, images: Tensor) -> None:
     folded = IMAGENET.fold(model, images)
-    pixels = torch.randint(0, 256, (2, 3, 16, 16)).float()
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).float()
     expected = model(normalised(pixels, IMAGENET))
-    tolerance = 1e-5 * expected.abs().max().item()
-    assert torch.allclose(folded(as_read(pixels, IMAGENET)), expected, rtol=0, atol=tolerance)
-    assert not torch.allclose(model(as_read(pixels, IMAGENET)), expected, rtol=0, atol=tolerance)  # the fold did that
+    assert torch.allclose(folded(as_read(pixels, IMAGENET)), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert not torch.allclose(model(as_read(pixels, IMAGENET)), expected, rtol=0, atol=1e-3)  # the fold did something
     assert count_calls(folded, pixels) == count_calls(model, pixels)
 
 
