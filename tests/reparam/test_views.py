@@ -299,6 +299,8 @@ def test_sizes_of_parts_and_of_what_broadcasts():
     assert size_of(lambda s, x: s.conv(x)[:, 2:4].relu(), 1, **layers) == 2
     assert size_of(lambda s, x: s.conv(x) * s.factor, 1, **layers) == 8
     assert size_of(lambda s, x: s.row + s.conv(x), 1, **layers) == 8
+    # One channel may be broadcast itself.
+    assert size_of(lambda s, x: s.row + s.one(x), 1, one=nn.Conv2d(3, 1, 3), **layers) == ("add", 1)
     # A part of the height has as many channels as the whole.
     assert size_of(lambda s, x: s.conv(x)[:, :, 2:4], 1, **layers) == 8
 
