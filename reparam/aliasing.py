@@ -25,11 +25,16 @@ from torch.fx import Graph, Node
 
 from reparam import facts
 from reparam.algebra import ChannelAffine, Operator
+from reparam.leaves import carries_hooks, is_leaf
 
 _OPERATORS = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "lshift", "rshift")
 } | {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+
+# Why what the user has left out stays.
+OUTSIDE = "it is outside of what where= selects"
+_FROZEN = "its memory is changed in place under another name"
 
 # torch.nn layers that return their input, or a view of it.
 _RETURNS_INPUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
@@ -62,6 +67,7 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
     residents: dict[Node, list[Node]] = {}
     settled: set[Node] = set()
     frozen: list[Node] = []
+    touched: list[tuple[Node, set[Node]]] = []
     # A layer that is called twice is in place in both calls, also once the first has been made safe.
     writes = {node for node in graph.nodes if is_in_place(node, modules)}
     live = _live(graph, modules, writes)
@@ -86,24 +92,50 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
                         reader.replace_input_with(other, node)
             else:
                 frozen.append(node)
-                for other in neighbours:
-                    for touched in (other, *other.users):
-                        touched.meta["frozen"] = "its memory is changed in place under another name"
-        sources = node.all_input_nodes if node not in settled and _may_alias(node, modules) else ()
+                touched.append((node, neighbours))
+        sources = _shared(node, modules) if node not in settled else []
         memory[node] = set().union(*(memory[source] for source in sources)) or {node}
         for base in memory[node]:
             residents.setdefault(base, []).append(node)
+    _freeze(touched, memory, order, modules)
     _keep_in_place(frozen, modules)
     return frozen
+
+
+def _freeze(
+    touched: Iterable[tuple[Node, set[Node]]],
+    memory: Mapping[Node, set[Node]],
+    order: Mapping[Node, int],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Freeze what lies in memory that is written to, and who reads it before the last write."""
+    last: dict[Node, int] = {}
+    for write, neighbours in touched:
+        for base in set().union(*(memory[other] for other in neighbours)):
+            last[base] = max(last.get(base, 0), order[write])
+    for _, neighbours in touched:
+        for other in neighbours:
+            other.meta["frozen"] = _FROZEN
+            settled = max(last[base] for base in memory[other])
+            for reader in other.users:
+                if order[reader] <= settled or _may_alias(reader, modules):
+                    reader.meta["frozen"] = _FROZEN
 
 
 def memory(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, set[Node]]:
     """For every value, the nodes that may have made the memory that it lies in."""
     homes: dict[Node, set[Node]] = {}
     for node in graph.nodes:
-        sources = node.all_input_nodes if node.op == "output" or _may_alias(node, modules) else ()
+        sources = node.all_input_nodes if node.op == "output" else _shared(node, modules)
         homes[node] = set().union(*(homes[source] for source in sources)) or {node}
     return homes
+
+
+def _shared(node: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
+    """The values that the value of a node may share memory with."""
+    if node.op != "call_module" and (changed := written(node, modules)) is not None:
+        return [changed]
+    return node.all_input_nodes if _may_alias(node, modules) else []
 
 
 def writes_to_inputs(graph: Graph, modules: Mapping[str, nn.Module]) -> bool:
@@ -125,9 +157,6 @@ def _live(graph: Graph, modules: Mapping[str, nn.Module], writes: set[Node]) -> 
 
     What is written counts when somebody that counts reads the memory later, under any name.
     """
-    from reparam.capture import carries_hooks
-    from reparam.lift import is_leaf
-
     homes = memory(graph, modules)
     live: set[Node] = set()
     read: set[Node] = set()
@@ -319,8 +348,6 @@ def work_in_place(graph: Graph, modules: MutableMapping[str, Any]) -> None:
         graph: The final graph, changed here.
         modules: What it calls and reads, by path; changed here.
     """
-    from reparam.capture import carries_hooks
-
     calls: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -350,9 +377,6 @@ def _is_private(value: Any, modules: Mapping[str, Any]) -> bool:
     if not isinstance(value, Node) or len(value.users) != 1 or "frozen" in value.meta:
         return False
     if value.op == "call_module":
-        from reparam.capture import carries_hooks
-        from reparam.lift import is_leaf
-
         module = modules[str(value.target)]
         return facts.is_layer(value, modules) and is_leaf(module) and not carries_hooks(module)
     is_fresh = facts.is_layer(value, modules) or facts.target_name(value) in _FRESH

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
+from torch import Tensor, nn
 
 from reparam import capture as capturing
+from reparam.conditions import Argument, check_call, explained
+from reparam.outputs import Rebuild
 from reparam.report import Report
 
 
@@ -24,14 +28,35 @@ class CompiledModel(torch.fx.GraphModule):
 
     @property
     def report(self) -> Report:
-        """What the compiler did."""
+        """What the compiler did; an AttributeError for a model that came from a file."""
+        if "reparam" not in self.meta:
+            raise AttributeError(f"{type(self).__name__} has no report: it was not compiled just now")
         report: Report = self.meta["reparam"]
         return report
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``, for a call of the kind that was compiled.
+
+        Raises:
+            ConditionError: It is of another.
+        """
+        check_call(self.meta.get("arguments", ()), args, kwargs)
+        with explained():
+            return super().__call__(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
-        # Plain data of the module that this one took the place of, for parents that read it.
-        kept = self.__dict__.get("meta", {}).get("attributes", {})
-        return kept[name] if name in kept else super().__getattr__(name)
+        meta = self.__dict__.get("meta", {})
+        if name in meta.get("attributes", ()):
+            return meta["attributes"][name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in meta.get("lost", ()):
+                raise
+            raise AttributeError(
+                f"the compiled graph has no {name!r}, which the model had; compile with keep_python=True for a copy of "
+                "the model itself, with all its methods and attributes, in which every part that can be is compiled"
+            ) from error
 
     def recompile(self) -> Any:
         """As of ``GraphModule``; what runs does the same as ``code``, but finds its layers sooner."""
@@ -44,7 +69,9 @@ class CompiledModel(torch.fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         restore, arguments = super().__reduce__()
-        return _restore, (restore, arguments)
+        attributes = self.meta.get("attributes", {})
+        portable = {name: value for name, value in attributes.items() if _is_plain(value)}
+        return _restore, (restore, ({**arguments[0], "meta": {**self.meta, "attributes": portable}}, *arguments[1:]))
 
     def rebuilt(self, graph: torch.fx.Graph, used: Mapping[str, Any]) -> CompiledModel:
         """A model of another graph, with all that this one has beside its graph.
@@ -64,6 +91,39 @@ class CompiledModel(torch.fx.GraphModule):
         for module in twin.modules():
             module.training = False
         return twin
+
+
+def keep_attributes(compiled: CompiledModel, model: nn.Module) -> None:
+    """Carry over what a model holds besides layers, tensors and hooks, and note what it had besides.
+
+    Args:
+        compiled: What the model was compiled to.
+        model: A private copy of the model.
+    """
+    held = {key: value for key, value in vars(model).items() if key not in _OWN and not isinstance(value, Tensor)}
+    compiled.meta["attributes"] = {k: v for k, v in held.items() if k != "forward" and not _holds_layers(v)}
+    compiled.meta["lost"] = frozenset({*dir(type(model)), *held, *model._modules} - set(dir(torch.fx.GraphModule)))
+
+
+_OWN = frozenset(nn.Module().__dict__)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(map(_is_plain, [*value, *value.values()]))
+    return all(map(_is_plain, value)) if type(value) in (tuple, list, set) else type(value) in _PLAIN
+
+
+def _holds_layers(value: Any, seen: tuple[int, ...] = ()) -> bool:
+    """Whether a value holds a module, a tensor, or a function that might."""
+    if _is_plain(value) or id(value) in seen:
+        return False
+    if isinstance(value, (nn.Module, Tensor)) or inspect.isroutine(value):
+        return True
+    inner = [*value, *value.values()] if isinstance(value, Mapping) else []
+    inner += value if isinstance(value, (tuple, list, set, frozenset)) else []
+    return any(_holds_layers(item, (*seen, id(value))) for item in [*inner, *getattr(value, "__dict__", {}).values()])
 
 
 def _restore(restore: Callable[..., torch.fx.GraphModule], arguments: tuple[Any, ...]) -> CompiledModel:
@@ -107,3 +167,115 @@ def _attributes(path: str) -> str:
 
 def _lookups(path: str) -> str:
     return "self" + "".join(f"._modules[{name!r}]" for name in path.split("."))
+
+
+def install(module: nn.Module, compiled: CompiledModel) -> None:
+    """Let a module compute what a graph computes, and be itself in all else: of its class, with its attributes.
+
+    Args:
+        module: Gets the layers of the graph in the place of its own.
+        compiled: The graph.
+    """
+    own = set(module.modules())
+    module.__dict__["forward"] = GraphForward(module, compiled)
+    module.__dict__["_modules"] = _sealed(compiled, own)
+    for name in ("_parameters", "_buffers"):
+        module.__dict__[name] = compiled.__dict__[name]
+
+
+def _sealed(holder: nn.Module, own: set[nn.Module]) -> Sealed:
+    """The children of a graph, where those that the module had not can be seen, but not taken out by name."""
+    children: dict[str, Any] = {}
+    for name, child in holder._modules.items():
+        if type(child) is nn.Module:  # where torch.fx holds layers
+            container = nn.Module()
+            container.training = False
+            container.__dict__["_modules"] = _sealed(child, own)
+            container.__dict__["_buffers"], container.__dict__["_parameters"] = child._buffers, child._parameters
+            children[name] = container
+        else:
+            children[name] = child
+    return Sealed(children, frozenset(name for name, child in children.items() if child not in own))
+
+
+class Sealed(dict[str, Any]):
+    """Modules by name. Those that compiling has made are no longer what Python that asks for them by name expects.
+
+    Attributes:
+        made: Their names.
+    """
+
+    def __init__(self, modules: Mapping[str, Any] = {}, made: frozenset[str] = frozenset()) -> None:  # noqa: B006
+        super().__init__(modules)
+        self.made = made
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.made:
+            raise AttributeError(f"{name!r} was fused with others when this was compiled, and is not what it was before")
+        return super().__getitem__(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sealed, (dict(self.items()), self.made)
+
+
+class GraphForward:
+    """The ``forward`` of one module, by a graph.
+
+    Attributes:
+        owner: The module.
+        compiled: The graph, of whose layers the owner has those at the root, too.
+    """
+
+    def __init__(self, owner: nn.Module, compiled: CompiledModel) -> None:
+        self.owner, self.compiled = owner, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the graph computes."""
+        owner, compiled = self.owner.__dict__, self.compiled.__dict__
+        if compiled["_buffers"] is not owner["_buffers"]:  # after copying
+            compiled["_buffers"], compiled["_parameters"] = owner["_buffers"], owner["_parameters"]
+        check_call(compiled["meta"].get("arguments", ()), args, kwargs)
+        with explained():
+            return self.compiled.forward(*args, **kwargs)
+
+
+def with_plain_outputs(model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A model that returns dicts, lists and tuples where its graph rebuilds other classes: what no file can hold.
+
+    Args:
+        model: Any graph; itself where it rebuilds nothing.
+    """
+    rebuilt = [node for node in model.graph.nodes if node.op == "call_module" and _is_rebuild(model, node)]
+    if not rebuilt:
+        return model
+    graph = torch.fx.Graph()
+    values: dict[torch.fx.Node, Any] = {}
+    for node in model.graph.nodes:
+        if node in rebuilt:
+            values[node] = model.get_submodule(str(node.target)).plain([values[arg] for arg in node.args])
+        elif node.op == "output":
+            made = graph.output(values[node.args[0]] if node.args[0] in rebuilt else torch.fx.map_arg(node.args[0], values.get))
+            made.meta = dict(node.meta)
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    used = {str(n.target): _found(model, str(n.target)) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    return model.rebuilt(graph, used) if isinstance(model, CompiledModel) else torch.fx.GraphModule(used, graph)
+
+
+def _is_rebuild(model: nn.Module, node: torch.fx.Node) -> bool:
+    return isinstance(model.get_submodule(str(node.target)), Rebuild)
+
+
+def _found(owner: nn.Module, path: str) -> Any:
+    value: Any = owner
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def graph_of(module: nn.Module) -> torch.fx.GraphModule | None:
+    """The graph that a module computes by, None where it is Python."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, GraphForward):
+        return forward.compiled
+    return module if isinstance(module, torch.fx.GraphModule) else None

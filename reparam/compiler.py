@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,15 +13,17 @@ import torch.export
 import torch.fx
 from torch import Tensor, nn
 
-from reparam import aliasing, emit, facts, inside, measure, mentions, views
+from reparam import aliasing, emit, facts, measure, views
 from reparam import capture as capturing
 from reparam import probe as probing
 from reparam import rewrite as rewriting
-from reparam.algebra import AnyConv
 from reparam.compiled import CompiledModel as CompiledModel
+from reparam.compiled import install, keep_attributes
+from reparam.capture import exported
 from reparam.cost import Cost
 from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
+from reparam.leaves import is_opaque
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
 from reparam.timing import collector_paused
@@ -36,6 +39,10 @@ def compile(
     example_inputs: Any = None,
     *,
     passes: Sequence[Rule] | None = None,
+    sizes: str = "any",
+    keep_python: bool = False,
+    methods: str | Sequence[str] = ("forward",),
+    where: str | Sequence[str] | Callable[[str], bool] | None = None,
     optimize: str = "size",
     decisions: str | Path | Mapping[str, Any] | None = None,
     verify: bool = True,
@@ -47,10 +54,19 @@ def compile(
     Args:
         model: Any training-time module, in any mode and floating-point type, on any device; or a program that
             ``torch.export.export`` made of one in eval mode, or the module of such a program. It is not changed.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments. They tell ranks and channels
-            that the layers do not show, give multiply-adds for the report, and are what the whole model is verified
-            on. The result is not tied to their sizes, unless the report says so: where Python decides by sizes that
-            are no batch size, and only ``torch.export`` can read it.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments: a call, which is recorded. What
+            it shows besides sizes has to stay: which arguments are given, flags, how many axes tensors have. When left
+            out, inputs are made up, which the report says; where the model takes none of them, only parts of it that
+            take some are compiled.
+        sizes: ``any``: the result works at every size that the model works at; a module whose Python takes other ways
+            for other sizes stays Python, with its parts compiled. ``example``: everything is one graph, which says for
+            which sizes it holds, and checks them at every call.
+        keep_python: Return a copy of the model, of its class, with all its methods, attributes and hooks, in which every
+            part that can be is compiled; of parts in one another, the innermost ones in which nothing is lost.
+        methods: With ``keep_python``: what to run, to find the parts. ``example_inputs`` are a dict of each method's
+            where there are several.
+        where: What to compile: a predicate of module paths, or patterns of them, such as ``"stages.*"``; a module that is
+            selected is selected with all that is in it. What is outside is left exactly as it is.
         passes: Rules to apply; :func:`reparam.passes.default` when left out.
         optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more. ``latency``: what
             that leaves in doubt, and the layout in memory, is timed on this machine with ``example_inputs``, and the
@@ -65,7 +81,8 @@ def compile(
         progress: Called with steps done, steps in all, and the module path at work.
 
     Returns:
-        A module in eval mode, with the same arguments and outputs, whose ``report`` says what was done.
+        A module in eval mode, with the same arguments and outputs, whose ``report`` says what was done. Called in another
+        way than the example, it raises a ConditionError.
 
     Raises:
         CaptureError: The model cannot be copied, or has parameters without values.
@@ -73,7 +90,15 @@ def compile(
         ReparamError: ``optimize``, ``passes`` or ``decisions`` is not what it should be, or there is nothing to time
             with ``latency``.
     """
-    options = _Options(_checked_rules(passes), verify, progress)
+    entries = (methods,) if isinstance(methods, str) else tuple(methods)
+    if entries != ("forward",) and not keep_python:
+        raise ReparamError("a graph has no methods but its forward; methods= needs keep_python=True")
+    options = _Options(
+        _checked_rules(passes), verify, progress, sizes=sizes, methods=entries if keep_python else (),
+        where=None if where is None else _selection(model, where),
+    )  # fmt: skip
+    if sizes not in ("any", "example"):
+        raise ReparamError(f"sizes={sizes!r} is not known; use 'any' or 'example'")
     if optimize not in ("size", "latency"):
         raise ReparamError(f"optimize={optimize!r} is not known; use 'size' or 'latency'")
     if optimize == "size" and decisions is not None:
@@ -135,16 +160,21 @@ def _build(
     if isinstance(model, torch.export.ExportedProgram):
         model, captured, reference = _read(model, example_inputs, options.verify)
     else:
-        call = None if example_inputs is None else as_call(example_inputs)
-        captured = capturing.capture(model, call)
-        reference = _Reference(model, captured, call, options.verify)
-        if not captured.traced and call is not None:
-            captured, reference = _exported(model, captured, reference, call)
+        if options.methods:
+            entries = _entries(options.methods, example_inputs)
+            captured = capturing.capture_parts(
+                model, entries, sizes=options.sizes, spans=lambda part: _spans(part, options)
+            )
+        else:
+            call = None if example_inputs is None else as_call(example_inputs)
+            captured = capturing.capture(model, call, sizes=options.sizes)
+        reference = _Reference(model, captured, example_inputs is not None, options.verify)
     result: nn.Module
     if captured.traced:
-        result, work = _compile_graph(captured, reference, options, type(capturing.unwrapped(model)).__name__)
+        result, work = _compile_graph(captured, options, type(capturing.unwrapped(model)).__name__)
+        keep_attributes(result, captured.root)
     else:
-        result, work = _compile_inside(captured, reference, options)
+        result, work = _compile_inside(captured, options)
     _finish(result, captured.storages, trainable)
     return _Built(model, captured, reference, result, work)
 
@@ -209,34 +239,9 @@ def _read(
     program: torch.export.ExportedProgram, example_inputs: Any, verify: bool
 ) -> tuple[nn.Module, capturing.Capture, _Reference]:
     """An exported program: as a module, captured, and what it returns."""
-    from reparam import exported
-
-    model, captured, call = exported.read(program)
-    call = call if example_inputs is None else as_call(example_inputs)
-    reference = _Reference(model, captured, call, verify)
-    if not captured.traced:
-        raise CaptureError(f"the exported program cannot be read: {captured.remarks[-1].message}")
-    return model, captured, reference
-
-
-def _exported(
-    model: nn.Module, captured: capturing.Capture, reference: _Reference, call: Call
-) -> tuple[capturing.Capture, _Reference]:
-    """What export makes of a model that cannot be traced; what was there already, with a remark, where that fails."""
-    from reparam import exported
-
-    try:
-        graph = exported.capture(model, call)
-    except CaptureError as error:
-        captured.remarks.append(Remark("capture", "Export", "", str(error)))
-        return captured, reference
-    again = _Reference(model, graph, call, reference.verify)
-    if not graph.traced:
-        captured.remarks.append(replace(graph.remarks[-1], rule="Export"))
-        return captured, reference
-    said = Remark("capture", "Export", "", f"read by torch.export; {captured.remarks[-1].message}")
-    graph.remarks.insert(0, said)
-    return graph, again
+    call = None if example_inputs is None else as_call(example_inputs)
+    model, captured = exported.read(program, call)
+    return model, captured, _Reference(model, captured, True, verify)
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,10 @@ class _Options:
     verify: bool
     progress: Progress | None
     cost: Cost = field(default_factory=Cost)
+    sizes: str = "any"
+    methods: tuple[str, ...] = ()
+    where: Callable[[str], bool] | None = None
+    prefix: str = ""
 
 
 @dataclass
@@ -271,25 +280,34 @@ class _Work:
         return self
 
 
-def _compile_graph(
-    captured: capturing.Capture, reference: _Reference, options: _Options, name: str
-) -> tuple[CompiledModel, _Work]:
-    """Rewrite what was traced, and compile what lies inside of its opaque leaves."""
+def _rewritten(
+    captured: capturing.Capture, options: _Options, replaced: Mapping[nn.Module, list[str]] | None = None
+) -> tuple[Graph, rewriting.Outcome, list[str]]:
+    """A captured graph after rewriting, what was done, and what it launched before."""
     modules = captured.modules
-    captured.remarks = probing.add_remarks(captured.remarks, probing.probe(captured.graph, modules))
-    targets = [str(node.target) for node in captured.graph.nodes if capturing.is_opaque(node, modules)]
-    opaque = {target: modules[target] for target in targets}
-    parts = _compile_children(opaque, captured, reference, options)
+    for node in captured.graph.nodes if options.where is not None else ():
+        where = str(node.target) if node.op == "call_module" else str(node.meta.get("scope", ""))
+        if node.op.startswith("call") and not options.where(".".join(filter(None, (options.prefix, where)))):
+            node.meta["frozen"] = aliasing.OUTSIDE
     aliasing.make_out_of_place(captured.graph, modules)
     # What reads an input after it was changed in place reads the result now.
     facts.settle_inputs(captured.graph.nodes, modules)
     views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules, options.cost)
-    before = measure.kinds_of_graph(graph.fx, modules, parts.replaced)
-    outcome = rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)
+    before = measure.kinds_of_graph(graph.fx, modules, replaced)
+    return graph, rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress), before
+
+
+def _compile_graph(captured: capturing.Capture, options: _Options, name: str) -> tuple[CompiledModel, _Work]:
+    """Rewrite what was traced, and compile what lies inside of its opaque leaves."""
+    modules = captured.modules
+    captured.remarks = probing.add_remarks(captured.remarks, probing.probe(captured.graph, modules))
+    parts = _compile_parts(captured, options)
+    graph, outcome, before = _rewritten(captured, options, parts.before)
     used = emit.emit(graph, *_dtypes(modules))
     aliasing.work_in_place(graph.fx, used)
     compiled = CompiledModel(used, graph.fx, name)
+    compiled.meta["arguments"] = captured.arguments
     capturing.move_hooks(captured.root.__dict__, compiled)
     after = measure.kinds_of_graph(graph.fx, used)
     work = _Work(before, after, outcome.remarks, outcome.certificates, outcome.largest_error)
@@ -299,96 +317,109 @@ def _compile_graph(
 def compile_captured(captured: capturing.Capture) -> CompiledModel:
     """Rewrite a graph that was captured elsewhere, with the default rules; its weights stay where they are."""
     options = _Options(_checked_rules(None), True, None)
-    reference = _Reference(captured.root, captured, None, False)
-    return _compile_graph(captured, reference, options, "Fused")[0]
+    return _compile_graph(captured, options, "Fused")[0]
 
 
-def _compile_inside(captured: capturing.Capture, reference: _Reference, options: _Options) -> tuple[nn.Module, _Work]:
+def _entries(methods: Sequence[str], example_inputs: Any) -> list[tuple[str, Call | None]]:
+    """Methods, and calls of them."""
+    if len(methods) == 1:
+        return [(methods[0], None if example_inputs is None else as_call(example_inputs))]
+    if not isinstance(example_inputs, Mapping) or set(example_inputs) != set(methods):
+        raise ReparamError(f"methods={tuple(methods)!r} needs example_inputs as a dict with inputs for each of them")
+    return [(name, as_call(example_inputs[name])) for name in methods]
+
+
+def _selection(model: Any, where: str | Sequence[str] | Callable[[str], bool]) -> Callable[[str], bool]:
+    """Whether a module path, or that of a module around it, is selected.
+
+    Raises:
+        ReparamError: A pattern matches no module.
+    """
+    if callable(where):
+        chosen = where
+    else:
+        patterns = [where] if isinstance(where, str) else list(where)
+        paths = [path for path, _ in model.named_modules()] if isinstance(model, nn.Module) else []
+        for pattern in patterns:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ReparamError(f"where={pattern!r} matches none of the {len(paths)} modules")
+
+        def chosen(path: str) -> bool:
+            return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+    def selects(path: str) -> bool:
+        names = path.split(".")
+        return any(chosen(".".join(names[:length])) for length in range(len(names), -1, -1))
+
+    return selects
+
+
+def _spans(captured: capturing.Capture, options: _Options) -> set[str]:
+    """Paths of the modules in which a captured graph has something to fuse; the graph is of no use afterwards."""
+    plain = replace(options, verify=False, progress=None)
+    probing.probe(captured.graph, captured.modules)
+    return _rewritten(captured, plain)[1].spans
+
+
+def _compile_inside(captured: capturing.Capture, options: _Options) -> tuple[nn.Module, _Work]:
     """Compile the parts of a model whose own Python stays."""
     root = captured.root
-    parts = _compile_children({"": root}, captured, reference, options)
-    work = _Work(measure.kinds_inside(root, parts.replaced), measure.kinds_inside(root, {}), [])
+    parts = _compile_parts(captured, options)
+    work = _Work(measure.kinds_inside(root, parts.before), measure.kinds_inside(root, {}), [])
     return root, work.with_parts(parts)
 
 
 @dataclass
 class _Parts:
-    """What was compiled inside of untraced modules: the work on each part, by what took its place."""
+    """What was compiled inside of Python that stays: the work on each module that computes by a graph now."""
 
-    works: dict[nn.Module, _Work]
-    remarks: list[Remark]
+    works: dict[nn.Module, _Work] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
 
     @property
-    def replaced(self) -> dict[nn.Module, list[str]]:
+    def before(self) -> dict[nn.Module, list[str]]:
         """What the parts launched before."""
-        return {compiled: work.before for compiled, work in self.works.items()}
+        return {part: work.before for part, work in self.works.items()}
 
 
-def _compile_children(
-    opaque: Mapping[str, nn.Module], captured: capturing.Capture, reference: _Reference, options: _Options
-) -> _Parts:
-    works: dict[nn.Module, _Work] = {}
-
-    def compile_child(child: nn.Module, call: Call | None, path: str) -> CompiledModel | str:
-        result = _compile_child(child, call, path, options)
-        if isinstance(result, str):
-            return result
-        compiled, work = result
-        works[compiled] = work
-        return compiled
-
-    def calls_of(modules: Iterable[nn.Module]) -> Mapping[nn.Module, inside.Recorded]:
-        return inside.record(captured.root, reference.call, modules) if reference.given and reference.call else {}
-
-    compiled, remarks = inside.compile_children(opaque, compile_child, calls_of)
-    return _Parts({part: works[part] for part in compiled}, remarks)
-
-
-def _compile_child(
-    child: nn.Module, call: Call | None, path: str, options: _Options
-) -> tuple[CompiledModel, _Work] | str:
-    """A part of a model as a graph of its own, or the reason why it cannot be one."""
-    root = capturing.private_copy(child)
-    if call is None and capturing.has_optional_arguments(root):
-        return "its optional arguments may be given or not; pass example_inputs"
-    captured = capturing.trace(root, call, assume_tensor=False)
-    reason = _why_untraced(captured)
-    if reason is not None:
-        return reason
-    aliased = aliasing.inputs_in_outputs(captured.graph, captured.modules)
-    if aliasing.writes_to_inputs(captured.graph, captured.modules):
-        return "it changes its inputs in place"
-    try:
-        reference = _Reference(child, captured, call, options.verify)
-    except ReparamError as error:
-        return str(error)
-    reason = _why_untraced(captured)
-    if reason is not None:
-        return reason
-    compiled, work = _compile_graph(captured, reference, options, type(child).__name__)
-    if not aliasing.inputs_in_outputs(compiled.graph, dict(compiled.named_modules())) <= aliased:
-        return "its output would share memory with its input"
-    if work.before == work.after and not work.parts:
-        return inside.NOTHING_TO_DO
-    reference.compare(compiled)
-    compiled.meta["attributes"] = mentions.kept_attributes(child)
-    work.remarks[:0] = captured.remarks + reference.remarks
-    work.remarks = [replace(remark, where=".".join(filter(None, (path, remark.where)))) for remark in work.remarks]
-    return compiled, work
+def _compile_parts(captured: capturing.Capture, options: _Options) -> _Parts:
+    """Compile every part that was recorded by itself, and let its module compute by the result."""
+    parts = _Parts()
+    for path, part in captured.parts.items():
+        aliased = aliasing.inputs_in_outputs(part.graph, part.modules)
+        if aliasing.writes_to_inputs(part.graph, part.modules):
+            parts.remarks.append(Remark("capture", "Inside", path, "kept as Python: it changes its inputs in place"))
+            continue
+        module = part.root
+        prefix = ".".join(filter(None, (options.prefix, path)))
+        compiled, work = _compile_graph(part, replace(options, prefix=prefix), type(module).__name__)
+        if not aliasing.inputs_in_outputs(compiled.graph, dict(compiled.named_modules())) <= aliased:
+            said = "kept as Python: its output would share memory with its input"
+            parts.remarks.append(Remark("capture", "Inside", path, said))
+            continue
+        if work.before == work.after and not work.parts:
+            continue
+        install(module, compiled)
+        work.remarks[:0] = part.remarks
+        work.remarks = [replace(remark, where=".".join(filter(None, (path, remark.where)))) for remark in work.remarks]
+        parts.works[module] = work
+        parts.remarks.append(Remark("capture", "Inside", path, "compiled by itself: Python that stays calls it"))
+    return parts
 
 
 def explain(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
     *,
+    sizes: str = "any",
     passes: Sequence[Rule] | None = None,
 ) -> Report:
     """What :func:`compile` would do to a model, and why it would leave the rest; a dry run.
 
     Args:
-        model: As for :func:`compile`. Likewise ``example_inputs`` and ``passes``.
+        model: As for :func:`compile`. Likewise ``example_inputs``, ``sizes`` and ``passes``.
     """
-    report: Report = compile(model, example_inputs, passes=passes, verify=False).report  # type: ignore[assignment]
+    report: Report = compile(model, example_inputs, sizes=sizes, passes=passes, verify=False).report  # type: ignore[assignment]
     return report
 
 
@@ -431,60 +462,30 @@ def _why_untraced(captured: capturing.Capture) -> str | None:
 
 
 class _Reference:
-    """What the model itself returns on the example inputs, for the graph and the result to be compared with."""
+    """What the model itself returns on the example inputs, for the result to be compared with."""
 
-    def __init__(self, model: nn.Module, captured: capturing.Capture, call: Call | None, verify: bool) -> None:
+    def __init__(self, model: nn.Module, captured: capturing.Capture, given: bool, verify: bool) -> None:
         self.remarks: list[Remark] = []
-        self.model = model
-        self.call = call
-        self.given = call is not None
-        self.verify = verify
-        self.expected: Any = None
+        self.model, self.call, self.given = model, captured.call, given
+        self.verify = verify and captured.call is not None
+        self.expected = captured.output
         self.multiply_adds: int | None = None
-        # A traced graph of torch.nn layers writes to nothing: the trace would have failed.
-        self.writes = not captured.traced or any(
-            capturing.is_opaque(node, captured.modules) for node in captured.graph.nodes
-        )
-        if call is None and verify and captured.traced:
-            self.call = _guess_call(captured)
+        # A recorded graph of torch.nn layers writes to nothing: recording would have failed.
+        self.writes = not captured.traced or any(is_opaque(node, captured.modules) for node in captured.graph.nodes)
         if self.call is None:
             return
-        args, kwargs = self.call
         model = capturing.in_eval_mode(model)
-        try:
+        if self.verify:
             with capturing.unchanged(model, writes=self.writes):
-                self.expected = run(model, args, kwargs)
-                again = run(model, args, kwargs)
-        except Exception as error:
-            if self.given:
-                raise ReparamError(f"the model does not run on the example inputs: {error}") from error
-            self.call = None
-            return
-        if self.given:
+                again = run(model, *self.call)
+            try:
+                compare(self.expected, again)
+            except VerificationError:
+                self.remarks.append(Remark("capture", "Verify", "", "its outputs differ from run to run; not compared"))
+                self.verify = False
+        if given:
             with capturing.unchanged(model, writes=self.writes):
-                self.multiply_adds = measure.multiply_adds_of(_Frozen(model), args, kwargs)
-        try:
-            compare(self.expected, again)
-        except VerificationError:
-            self.remarks.append(Remark("capture", "Verify", "", "its outputs differ from run to run; not compared"))
-            self.verify = False
-        if captured.traced:
-            self._note_shapes(captured)
-
-    def _note_shapes(self, captured: capturing.Capture) -> None:
-        """Run the traced graph, take the facts that it shows, and distrust a trace that computes something else."""
-        assert self.call is not None
-        interpreter = _Shapes(captured, note=self.given)
-        names = [node.target for node in captured.graph.nodes if node.op == "placeholder"]
-        try:
-            with capturing.unchanged(captured.root, writes=self.writes):
-                actual = interpreter.run(*interpreter.arguments(self.call, names))
-            if self.verify:
-                compare(self.expected, actual)
-        except Exception as error:
-            captured.traced = False
-            reason = f"the traced graph does not compute what the model computes, kept as Python: {error}"
-            captured.remarks.append(Remark("capture", "Trace", "", reason))
+                self.multiply_adds = measure.multiply_adds_of(_Frozen(model), *self.call)
 
     def compare(self, compiled: nn.Module) -> Comparison | None:
         """Compare the result with the model; raises VerificationError when they disagree."""
@@ -563,48 +564,3 @@ class _Frozen(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
         return run(self.model, args, kwargs)  # type: ignore[arg-type]
-
-
-class _Shapes(torch.fx.Interpreter):
-    """Runs a traced graph, and notes what it shows of its values."""
-
-    def __init__(self, captured: capturing.Capture, note: bool) -> None:
-        super().__init__(captured.root, graph=captured.graph)
-        self.note = note
-
-    def arguments(self, call: Call, names: Sequence[Any]) -> list[Any]:
-        """The values of the placeholders, by position or name, on copies of the tensors."""
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, call)
-        named = dict(zip(names, args, strict=False)) | kwargs
-        for position, name in enumerate(names):
-            if name.startswith("**"):
-                named[name] = {key: value for key, value in kwargs.items() if key not in names}
-            elif name.startswith("*"):
-                named[name] = args[position:]
-        defaults = {node.target: node.args[0] for node in self.graph.nodes if node.op == "placeholder" and node.args}
-        return [named[name] if name in named else defaults.get(name) for name in names]
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        """Run a node and note its value."""
-        with torch.no_grad():
-            value = super().run_node(n)
-        facts.note_example(n, value)
-        if self.note:
-            facts.note_value(n, value)
-        return value
-
-
-def _guess_call(captured: capturing.Capture) -> Call | None:
-    """Inputs for a model that takes one tensor and reads it with a convolution or a matrix product."""
-    graph = Graph(captured.graph, captured.modules)
-    placeholders = [node for node in captured.graph.nodes if node.op == "placeholder" and not node.args]
-    if len(placeholders) != 1:
-        return None
-    for reader in captured.graph.nodes:
-        operator = graph.op(reader) if reader.op != "placeholder" else None
-        if isinstance(operator, AnyConv) and graph.source(reader) is placeholders[0]:
-            size = {0: (), 1: (64,), 2: (64, 64), 3: (16, 32, 32)}[operator.dimensions]
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(2, operator.in_channels, *size, generator=generator, dtype=torch.float64)
-            return (x.to(operator.weight.device, operator.weight.dtype),), {}
-    return None

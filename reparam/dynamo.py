@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reparam import capture as capturing
 from reparam import facts
 from reparam.compiler import compile_captured
-from reparam.constants import fold
+from reparam.capture.folding import fold
 from reparam.errors import ReparamError
 
 

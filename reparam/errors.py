@@ -23,6 +23,10 @@ class CaptureError(ReparamError):
     """The model could not be turned into a graph at all."""
 
 
+class ConditionError(ReparamError, ValueError):
+    """A compiled model was called in another way than the ways that it was compiled for."""
+
+
 class RewriteError(ReparamError):
     """A rule broke the engine's contract: its rewrite did not make the graph cheaper, or was malformed."""
 

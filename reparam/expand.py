@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from reparam import capture, verify
+from reparam import verify
 from reparam.algebra import Conv
 from reparam.compiler import CompiledModel, compile
 from reparam.errors import ReparamError, VerificationError
+from reparam.leaves import carries_hooks
 from reparam.rewrite import Graph
 from reparam.text import operator_text
 
@@ -172,7 +173,7 @@ def _obstacle(conv: nn.Conv2d) -> str | None:
     cls = type(conv)
     if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
         return f"its class, {cls.__name__}, has a forward of its own"
-    if "forward" in conv.__dict__ or capture.carries_hooks(conv):
+    if "forward" in conv.__dict__ or carries_hooks(conv):
         return "it has hooks, or a forward of its own"
     if "weight" not in conv._parameters or nn.parameter.is_lazy(conv.weight):
         return "its weight is computed, or not there yet"

@@ -19,12 +19,20 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from reparam.constants import FACTORIES, is_python
+from reparam.leaves import is_leaf
 
 Kind: TypeAlias = Literal["tensor", "other", "unknown"]
 
 _CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 _CONV_FUNCTIONS = {f"{name}{n}d": n + 2 for name in ("conv", "conv_transpose") for n in (1, 2, 3)}
+
+FACTORIES = frozenset("arange empty eye full linspace ones rand randn scalar_tensor tensor zeros".split())
+
+# What draws random numbers.
+RANDOM = frozenset(
+    """bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal normal_ poisson rand rand_like
+    randint randint_like randn randn_like random_ randperm rrelu uniform_""".split()
+)
 
 # torch.nn layers that do not return a single tensor.
 _SEVERAL_OUTPUTS = (nn.RNNBase, nn.MultiheadAttention, nn.LSTMCell, nn.AdaptiveLogSoftmaxWithLoss)
@@ -77,6 +85,11 @@ _SEVERAL = frozenset("chunk split split_with_sizes unbind tensor_split topk sort
 _METADATA_METHODS = frozenset("size dim ndimension numel stride is_floating_point element_size get_device".split())
 _LIKE = frozenset("view_as reshape_as expand_as type_as".split())
 _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad layout is_sparse names".split())
+
+
+def is_python(function: Any) -> bool:
+    """Whether a function is one of Python's own, which makes numbers of numbers."""
+    return getattr(function, "__module__", None) in ("math", "builtins")
 
 
 def target_name(node: Node) -> str:
@@ -149,8 +162,6 @@ def kind(node: Node, module: nn.Module | None = None) -> Kind:
 
 
 def _is_leaf(module: nn.Module | None) -> bool:
-    from reparam.lift import is_leaf
-
     return module is not None and is_leaf(module)
 
 

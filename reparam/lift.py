@@ -27,12 +27,11 @@ from torch.fx import Node
 from reparam import facts
 from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Linear, Operator, Pad
 from reparam.errors import AlgebraError
+from reparam.leaves import LIFTERS, carries_hooks, is_leaf, keeps, leaf_class
 
 Lifter: TypeAlias = Callable[..., "Operator | Sum | None"]
 
 Modules: TypeAlias = Mapping[str, nn.Module]
-
-_TABLE: dict[Any, Lifter] = {}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def register(*targets: Any) -> Callable[[Lifter], Lifter]:
 
     def decorate(lifter: Lifter) -> Lifter:
         for target in targets:
-            _TABLE[target] = lifter
+            LIFTERS[target] = lifter
         return lifter
 
     return decorate
@@ -75,54 +74,7 @@ def register(*targets: Any) -> Callable[[Lifter], Lifter]:
 def unregister(*targets: Any) -> None:
     """Take back :func:`register`."""
     for target in targets:
-        _TABLE.pop(target, None)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is taken as a whole instead of being traced: torch.nn layers and registered classes.
-
-    A subclass counts while it computes what its base does, that is, while it overrides neither ``forward`` nor a
-    helper that the base's ``forward`` may call.
-    """
-    return _leaf_class(type(module)) is not None and "forward" not in module.__dict__
-
-
-_LEAF_CLASSES: dict[type, type | None] = {}
-
-# Private methods that have no say in what a layer computes.
-_INERT = {"_load_from_state_dict", "_save_to_state_dict", "_get_name", "_register_load_state_dict_pre_hook",
-          "_check_input_dim", "_version"}  # fmt: skip
-
-
-def _leaf_class(cls: type) -> type | None:
-    """The torch.nn or registered class whose computation ``cls`` has kept."""
-    if cls not in _LEAF_CLASSES or (_LEAF_CLASSES[cls] is None and cls in _TABLE):
-        _LEAF_CLASSES[cls] = next((base for base in cls.__mro__ if _is_known(base) and _keeps(cls, base)), None)
-    return _LEAF_CLASSES[cls]
-
-
-def _is_known(base: type) -> bool:
-    if base in _TABLE:
-        return True
-    of_torch = base.__module__.startswith(("torch.nn.modules.", "torch.ao.nn."))
-    containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-    return of_torch and base not in containers and "forward" in dir(base)
-
-
-def _keeps(cls: type, base: type) -> bool:
-    """Whether ``cls`` inherits ``forward`` and the private helpers of ``base`` unchanged."""
-    if cls is base:
-        return True
-    if cls.forward is not base.forward:  # type: ignore[attr-defined]
-        return False
-    helpers = {
-        name
-        for owner in base.__mro__
-        if owner is not nn.Module and issubclass(owner, nn.Module)
-        for name, value in vars(owner).items()
-        if name.startswith("_") and not name.startswith("__") and callable(value) and name not in _INERT
-    }
-    return all(getattr(cls, name) is getattr(base, name) for name in helpers)
+        LIFTERS.pop(target, None)
 
 
 def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
@@ -141,7 +93,7 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
             case "call_module":
                 return _lift_module(node, modules[str(node.target)], modules)
             case "call_function" | "call_method":
-                lifter = _TABLE.get(node.target)
+                lifter = LIFTERS.get(node.target)
                 if lifter is None:
                     return None
                 return _call(lifter, resolve(node.args, modules), resolve(node.kwargs, modules))
@@ -151,16 +103,14 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
 
 
 def _lift_module(node: Node, module: nn.Module, modules: Modules) -> Operator | Sum | Refusal | None:
-    from reparam.capture import carries_hooks
-
     if "operator" in node.meta:
         # Found by running it; see :mod:`reparam.probe`.
         found: Operator = node.meta["operator"]
         return found
-    cls = _leaf_class(type(module))
+    cls = leaf_class(type(module))
     if cls is None or not is_leaf(module):
         return None
-    lifter = next((_TABLE[base] for base in cls.__mro__ if base in _TABLE and _keeps(cls, base)), None)
+    lifter = next((LIFTERS[base] for base in cls.__mro__ if base in LIFTERS and keeps(cls, base)), None)
     if lifter is None:
         return None
     if carries_hooks(module):
@@ -320,7 +270,7 @@ def _(module: nn.modules.batchnorm._NormBase, input: Any) -> Operator:
         raise AlgebraError("it has no running statistics and normalises with those of its input")
     if not module.track_running_stats and not isinstance(module, nn.modules.batchnorm._BatchNorm):
         raise AlgebraError("it normalises with the statistics of its input")
-    axis = _norm_axis(_leaf_class(type(module)) or type(module), input)
+    axis = _norm_axis(leaf_class(type(module)) or type(module), input)
     return _norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps, axis)
 
 
@@ -352,7 +302,7 @@ def _prelu(input: Any, weight: Any) -> Operator | None:
 
 @register(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def _(module: Any, input: Any) -> Operator:
-    space = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[_leaf_class(type(module))]  # type: ignore[index]
+    space = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[leaf_class(type(module))]  # type: ignore[index]
     divisor = getattr(module, "divisor_override", None)
     return _average_pool(
         space, module.kernel_size, module.stride, module.padding, module.ceil_mode, module.count_include_pad, divisor
@@ -384,7 +334,7 @@ def _(module: Any, input: Any) -> Operator | None:
 
 
 def _name(module: nn.Module) -> str:
-    return str(getattr(_leaf_class(type(module)), "__name__", ""))
+    return str(getattr(leaf_class(type(module)), "__name__", ""))
 
 
 def _pad(amounts: Any, mode: str, value: float | None) -> Pad:

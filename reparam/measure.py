@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from reparam import facts
 from reparam.emit import Affine
+from reparam.outputs import Rebuild
 from reparam.report import Counts
 
 _NORMS = (
@@ -26,7 +27,7 @@ _ELEMENTWISE = frozenset(
     """add iadd sub isub subtract rsub mul imul multiply truediv itruediv div divide true_divide neg negative addcmul
     pow maximum minimum""".split()
 )
-_FREE_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
+_FREE_MODULES = (Rebuild, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
 _FREE_FUNCTIONS = frozenset(
     """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as
     chunk split split_with_sizes unbind narrow select detach dropout dropout2d alpha_dropout getitem getattr
@@ -60,7 +61,7 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
     if node.op == "call_module":
         module = modules[str(node.target)]
         kinds = kinds_inside(module, {} if replaced is None else replaced)
-        known = type(module).__module__.startswith("torch.nn.") or isinstance(module, Affine)
+        known = type(module).__module__.startswith("torch.nn.") or isinstance(module, (Affine, Rebuild))
         return kinds if kinds or known else ["other"]
     if node.op not in ("call_function", "call_method") or facts.reads_only_metadata(node):
         return []
@@ -93,8 +94,8 @@ def kinds_inside(module: nn.Module, replaced: Mapping[nn.Module, Kinds]) -> list
         seen.add(inner)
         if inner in replaced:
             kinds += replaced[inner]
-        elif isinstance(inner, torch.fx.GraphModule):
-            kinds += kinds_of_graph(inner.graph, dict(inner.named_modules()), replaced)
+        elif isinstance(graph := getattr(inner.__dict__.get("forward"), "compiled", inner), torch.fx.GraphModule):
+            kinds += kinds_of_graph(graph.graph, dict(graph.named_modules()), replaced)
         else:
             kind = module_kind(inner)
             kinds += [kind] if kind else []

@@ -24,7 +24,9 @@ from torch.fx import Node
 
 from reparam import capture as capturing
 from reparam import drawing, measure, timing
+from reparam.capture import exported
 from reparam.checkpoint import first_line
+from reparam.compiled import graph_of
 from reparam.drawing import Diagram
 from reparam.errors import ReparamError
 from reparam.report import Remark, Report
@@ -186,29 +188,24 @@ def _graphs(
     model: nn.Module | torch.export.ExportedProgram, compiled: nn.Module, example_inputs: Any
 ) -> Iterator[tuple[str, Graph, Graph]]:
     """Every graph in a compiled model under its path, before and after."""
-    inner = {path: part for path, part in compiled.named_modules() if isinstance(part, torch.fx.GraphModule)}
-    for path, part in inner.items():
-        try:
-            captured = _captured(model, path, example_inputs)
-        except (ReparamError, AttributeError):  # a part of something that is no module of the model
-            continue
-        if captured.traced:
-            after = dict(part.named_modules())
-            yield path, Graph(captured.graph, captured.modules), Graph(part.graph, after)
-
-
-def _captured(model: nn.Module | torch.export.ExportedProgram, path: str, example_inputs: Any) -> capturing.Capture:
-    """The training graph of a model or one of its parts, read as the compiler reads it."""
-    from reparam import exported
-
-    if isinstance(model, torch.export.ExportedProgram):
-        return exported.read(model)[1]
-    if path:
-        part = capturing.unwrapped(model).get_submodule(path)
-        return capturing.trace(capturing.private_copy(part), assume_tensor=False)
     call = None if example_inputs is None else as_call(example_inputs)
-    captured = capturing.capture(model, call)
-    return captured if captured.traced or call is None else exported.capture(model, call)
+    if isinstance(model, torch.export.ExportedProgram):
+        captured = exported.read(model, call)[1]
+    else:
+        captured = capturing.capture(model, call)
+    before = dict(_captures("", captured))
+    for path, part in compiled.named_modules():
+        graph = graph_of(part)
+        if graph is not None and path in before:
+            yield path, Graph(before[path].graph, before[path].modules), Graph(graph.graph, dict(graph.named_modules()))
+
+
+def _captures(path: str, captured: capturing.Capture) -> Iterator[tuple[str, capturing.Capture]]:
+    """A capture, and those of the parts in it, under their paths."""
+    if captured.traced:
+        yield path, captured
+    for name, part in captured.parts.items():
+        yield from _captures(f"{path}.{name}" if path else name, part)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from torch.overrides import get_overridable_functions
 
 from reparam.aliasing import GELU_
 from reparam.checkpoint import mismatch
+from reparam.compiled import CompiledModel, with_plain_outputs
+from reparam.conditions import Argument, select
 from reparam.emit import Affine
 from reparam.errors import CheckpointError, ExportError
 from reparam.prepared import PREPARED
@@ -44,6 +46,7 @@ def describe(model: GraphModule) -> tuple[dict[str, Data], dict[str, Tensor]]:
     Raises:
         ExportError: The graph calls something that is not a PyTorch layer, function or tensor method.
     """
+    model = with_plain_outputs(model)
     graph = model.graph
     _refuse_hooks("", model)
     if type(graph._codegen) is not CodeGen:
@@ -61,6 +64,9 @@ def describe(model: GraphModule) -> tuple[dict[str, Data], dict[str, Tensor]]:
             constants[node.target], tensors[node.target] = _describe_constant(model, node.target)
     nodes = [_describe_node(node) for node in graph.nodes]
     description = {"name": type(model).__name__, "nodes": nodes, "layers": layers, "constants": constants}
+    description["arguments"] = [
+        [argument.name, argument.kind, argument.default] for argument in model.meta.get("arguments", ())
+    ]
     return description, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -84,13 +90,22 @@ def rebuild(description: Mapping[str, Data], tensors: Mapping[str, Tensor]) -> G
         parameter = kind == "parameter"
         root[_path(path)] = nn.Parameter(tensors[path], requires_grad=False) if parameter else tensors[path]
     graph = _rebuild_graph(description["nodes"], root)
-    model = GraphModule(root, graph, _identifier(description["name"]))
+    model = CompiledModel(root, graph, _identifier(description["name"]))
+    model.meta["arguments"] = tuple(
+        Argument(str(name), _as_tuple(kind), _as_tuple(default))
+        for name, kind, default in description.get("arguments", ())
+    )
     for path, kind in description["constants"].items():
         if kind == "transient":  # the state dict of the original left this buffer out
             owner, _, name = path.rpartition(".")
             model.get_submodule(owner)._non_persistent_buffers_set.add(name)
     graph.lint()
     return model.eval()
+
+
+def _as_tuple(value: Any) -> Any:
+    """Nested lists as tuples, which JSON does not have."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 _INSTEAD = "write .onnx, or keep the weights alone with torch.save(model.state_dict(), ...)"
@@ -404,7 +419,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     found |= {f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "prod", "sqrt", "trunc")}
     found |= {f"builtins.{name}": getattr(builtins, name) for name in sorted(_BUILTINS)}
     found |= {f"torch.Tensor.{name}": getattr(Tensor, name) for name in sorted(tensor_methods())}
-    found |= {"torch._assert": torch._assert, "torch._C._nn.gelu_": GELU_}
+    found |= {"reparam.select": select, "torch._assert": torch._assert, "torch._C._nn.gelu_": GELU_}
     return found
 
 

@@ -29,7 +29,8 @@ from reparam import aliasing, capture, cost, facts, measure, verify, views
 from reparam.algebra import ChannelAffine, Conv, Linear, Operator
 from reparam.emit import kernels_of
 from reparam.errors import AlgebraError
-from reparam.lift import is_leaf, lift, resolve
+from reparam.leaves import carries_hooks, is_leaf
+from reparam.lift import lift, resolve
 from reparam.report import Remark
 
 # torch.nn layers that are linear in their input up to a constant, in eval mode.
@@ -96,7 +97,7 @@ def probe(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Remark]:
             found = known[key]
             if found is not None:
                 note(node, found, read.rank)
-                message = f"{type(module).__name__} is not traceable, but it is {_words(found.operator)}: probed"
+                message = f"{type(module).__name__} is {_words(found.operator)}: probed"
                 remarks[str(node.target)] = Remark("capture", "Probe", str(node.target), message)
                 break
     return [*remarks.values(), *collapse(graph, modules)]
@@ -105,7 +106,7 @@ def probe(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Remark]:
 # Operations that are linear in one input up to a constant, or move numbers about; those of the first set need a module
 # around them that is a convolution, since the algebra cannot read them alone.
 _UNREADABLE = frozenset(
-    "unfold fold einsum matmul bmm mm tensordot roll gather index_select stack flip sum addmm baddbmm".split()
+    "unfold fold einsum matmul bmm mm tensordot roll gather index_select stack flip sum addmm baddbmm setitem".split()
 )
 _ALLOWED = _UNREADABLE | frozenset(
     """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as
@@ -134,7 +135,7 @@ def collapse(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Remark]:
         if node.op in ("call_function", "call_method") and _is_unreadable(node, modules)
     }
     for node in graph.nodes if regions else ():
-        if node.op.startswith("call"):
+        if node.op.startswith("call") and node.meta.get("kind") != "other" or facts.target_name(node) == "setitem":
             parts = str(node.meta.get("scope", "")).split(".")
             for length in range(1, len(parts) + 1):
                 regions.get(".".join(parts[:length]), []).append(node)
@@ -158,10 +159,16 @@ def _collapsed(graph: Graph, path: str, region: list[Node], modules: Mapping[str
 
     inside = set(region)
     sources = {source for node in region for source in node.all_input_nodes} - inside
-    activations = [source for source in sources if source.op != "get_attr"]
+    activations = [
+        source for source in sources
+        if source.op != "get_attr" and source.meta.get("kind") != "other"
+        and any(user in inside and not facts.reads_only_metadata_of(user, source) for user in source.users)
+    ]  # fmt: skip
     outputs = [node for node in region if any(user not in inside for user in node.users)]
+    homes = aliasing.memory(graph, modules)
     linear = all(
-        (node.op == "call_module" or facts.target_name(node) in _ALLOWED) and not aliasing.is_in_place(node, modules)
+        (node.op == "call_module" or facts.target_name(node) in _ALLOWED)
+        and ((changed := aliasing.written(node, modules)) is None or homes[changed] <= inside)
         for node in region
     )
     if not linear or len(activations) != 1 or len(outputs) != 1:
@@ -173,7 +180,10 @@ def _collapsed(graph: Graph, path: str, region: list[Node], modules: Mapping[str
             continue
         for x in verify.random_inputs(found.operator, source):
             # The module may have been called with more than its input.
-            expected, actual = verify.evaluate(Rewritten(graph, dict(modules)), output, {source: x}), found.operator(x)
+            values: dict[Node, Any] = {source: x} | _sizes(region, source, x)
+            for node in region:  # in order, as some of it may be in place
+                verify.evaluate(Rewritten(graph, dict(modules)), node, values)
+            expected, actual = values[output], found.operator(x)
             if verify.relative_error(expected, actual) > verify.CERTIFICATE_TOLERANCE:
                 return None
         with graph.inserting_before(output):
@@ -187,10 +197,24 @@ def _collapsed(graph: Graph, path: str, region: list[Node], modules: Mapping[str
     return None
 
 
+def _sizes(region: list[Node], source: Node, x: Tensor) -> dict[Node, int]:
+    """The sizes that a region reads, where its input is ``x``: the graph reads each where it is known first."""
+    same = {views.size(source, axis): x.shape[axis] for axis in range(x.dim())}
+    found: dict[Node, int] = {}
+    pending = list(region)
+    while pending:
+        for read in pending.pop().all_input_nodes:
+            if read.meta.get("kind") == "other" and read not in found:
+                pending.append(read)
+                if read.target == "size" and (read.args[0], read.args[1]) in same:
+                    found[read] = same[read.args[0], read.args[1]]  # type: ignore[index]
+    return found
+
+
 def add_remarks(remarks: list[Remark], probed: list[Remark]) -> list[Remark]:
     """Remarks of the capture, where those of modules that were found out take the places of their own."""
     where = {remark.where for remark in probed}
-    return [remark for remark in remarks if remark.where not in where or remark.rule != "Trace"] + probed
+    return [remark for remark in remarks if remark.where not in where or remark.rule != "Record"] + probed
 
 
 def note(node: Node, found: Probed, rank: int) -> None:
@@ -258,7 +282,7 @@ def _reads(source: Node) -> Iterator[_Read]:
 def _may_be_linear(module: nn.Module) -> bool:
     """Whether nothing that a module is made of is known not to be linear, or does more than its forward shows."""
     parts = list(module.modules())
-    if any(capture.carries_hooks(part) for part in parts):
+    if any(carries_hooks(part) for part in parts):
         return False
     layers = [part for part in parts if is_leaf(part)]
     statistics = [part for part in layers if isinstance(part, nn.modules.batchnorm._NormBase)]
@@ -301,7 +325,7 @@ class _Subject:
         try:
             with torch.no_grad(), self.guard:
                 y = function(given, *self.args, **self.kwargs)
-        except Exception as error:
+        except (Exception, capture.UnrecordableError) as error:
             raise RefutedError(f"it does not run on {tuple(x.shape)}: {error}") from error
         if type(y) is not Tensor or y.is_meta:
             raise RefutedError("its output is not a tensor of numbers")

@@ -11,6 +11,7 @@ done, so numbers are rounded once.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -24,10 +25,10 @@ from torch.fx import Node
 
 from reparam import aliasing, facts, measure, views
 from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
-from reparam.capture import is_opaque
 from reparam.cost import Cost
 from reparam.emit import kernels_of
 from reparam.errors import RewriteError
+from reparam.leaves import is_opaque
 from reparam.lift import Refusal, Sum, lift
 from reparam.report import Remark
 from reparam.verify import Uncertifiable, certify
@@ -280,7 +281,7 @@ class Graph:
 
     def _thaw(self) -> bool:
         """Look again at memory that is written to under several names, some of which may be gone."""
-        frozen = [node for node in self.fx.nodes if "frozen" in node.meta]
+        frozen = [node for node in self.fx.nodes if node.meta.get("frozen", aliasing.OUTSIDE) != aliasing.OUTSIDE]
         if not frozen:
             return False
         for node in frozen:
@@ -527,11 +528,13 @@ class Outcome:
         remarks: A remark for every rewrite, and for every refusal that stood at the end.
         certificates: Rewrites that were checked.
         largest_error: Largest relative error among the checks.
+        spans: For each rewrite of several nodes, the innermost module around all of them.
     """
 
     remarks: list[Remark] = field(default_factory=list)
     certificates: int = 0
     largest_error: float = 0.0
+    spans: set[str] = field(default_factory=set)
 
 
 def rewrite(
@@ -624,7 +627,7 @@ def _visit(
                         continue
                     outcome.certificates += 1
                     outcome.largest_error = max(outcome.largest_error, error)
-                new = _perform(graph, rule, change)
+                new = _perform(graph, rule, change, outcome)
                 outcome.remarks.append(Remark("fused", rule.name, where, change.message))
                 return _neighbourhood(graph, new or _remaining(change))
     return []
@@ -658,7 +661,7 @@ def _why_norm_stays(graph: Graph, node: Node) -> str | None:
     return "it normalises with statistics of its input, which no constant can replace"
 
 
-def _perform(graph: Graph, rule: Rule, change: Rewrite) -> list[Node]:
+def _perform(graph: Graph, rule: Rule, change: Rewrite, outcome: Outcome) -> list[Node]:
     """Apply a rewrite and check that the graph became cheaper."""
     before = {node: graph.kernels(node) for node in _touched(graph, change)}
     new, erased = graph._apply(change)
@@ -670,7 +673,25 @@ def _perform(graph: Graph, rule: Rule, change: Rewrite) -> list[Node]:
             f"{rule.name} replaced {counted} nodes ({gone} kernels) by {len(new)} ({made} kernels): {change.message}; "
             "a rule must make the graph cheaper"
         )
+    if counted > 1:
+        around = [_around(node) for node in erased if node.op.startswith("call")]
+        span = ".".join(_shared([path.split(".") for path in around]))
+        outcome.spans.add(span)
+        for node in new:
+            node.meta["around"] = span
     return new
+
+
+def _around(node: Node) -> str:
+    """Path of the innermost module around a node."""
+    if "around" in node.meta or node.op != "call_module":
+        return str(node.meta.get("around", node.meta.get("scope", "")))
+    return str(node.target).rpartition(".")[0]
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> list[str]:
+    """What some paths have in common from their beginning on."""
+    return [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
 
 
 def _touched(graph: Graph, change: Rewrite) -> list[Node]:

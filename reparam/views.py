@@ -17,9 +17,8 @@ from torch.fx import Node
 
 from reparam import facts
 from reparam.algebra import AveragePool, Pad
-from reparam.capture import carries_hooks
 from reparam.errors import AlgebraError
-from reparam.lift import is_leaf
+from reparam.leaves import carries_hooks, is_leaf
 
 # A known number, an axis of a value (counted from the front), or None.
 Size: TypeAlias = "int | tuple[Node, int] | None"
@@ -463,13 +462,19 @@ def _new_sizes(node: Node, name: str) -> list[Size] | None:
         other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
         rank = other.meta.get("rank") if isinstance(other, Node) else None
         return None if rank is None else [size(other, axis) for axis in range(rank)]  # type: ignore[arg-type]
+    wanted = _wanted_sizes(node)
+    return None if wanted is None else [_size_of(item) for item in wanted]
+
+
+def _wanted_sizes(node: Node) -> Sequence[Any] | None:
+    """The arguments of a reshape that are sizes."""
     wanted = _flat(node.args[1:]) or node.kwargs.get("shape") or node.kwargs.get("size")
     if not isinstance(wanted, (tuple, list)):
         return None
     if len(wanted) == 1 and type(wanted[0]) is not int and not _is_size(wanted[0]):
         # A whole shape, or a type.
         return None
-    return [_size_of(item) for item in wanted]
+    return wanted
 
 
 def _is_size(item: Any) -> bool:
@@ -537,12 +542,12 @@ def _asked_for(node: Node, moved: Axes, axis: int) -> int | None:
     if name == "unflatten" and moved.unmerged is not None:
         sizes: list[Any] = list(arguments.get(2, "sizes", ()))
         first = moved.unmerged[1]
-    elif name in _RESHAPES:
-        sizes, first = _new_sizes(node, name) or [], 0
+    elif name in _RESHAPES and not name.endswith("_as"):
+        sizes, first = list(_wanted_sizes(node) or ()), 0
     else:
         return None
-    wanted = sizes[axis - first] if 0 <= axis - first < len(sizes) else None
-    return wanted if type(wanted) is int and wanted >= 0 else None
+    wanted = _size_of(sizes[axis - first]) if 0 <= axis - first < len(sizes) else None
+    return wanted if type(wanted) is int else None
 
 
 def channels(node: Node, axis: int) -> int | None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from reparam.compiled import with_plain_outputs
 from reparam.errors import ExportError, ReparamError, VerificationError, reason
 from reparam.export.image import ImageInput
 from reparam.export.program import Axes, in_half, in_order, input_shapes
@@ -122,6 +124,8 @@ def export(
     inputs = _as_tensors(example_inputs)
     if model.training:
         raise ExportError("the model is in training mode; call its eval() first")
+    if isinstance(model, torch.fx.GraphModule):
+        model = with_plain_outputs(model)
     if image is not None:
         model = image.fold(model, inputs[0])
     job = _Job(chosen, model, path, inputs, options, progress or (lambda done, total, label: None))

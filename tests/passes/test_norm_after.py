@@ -12,6 +12,7 @@ from strategies import MODES
 from torch import nn
 
 import reparam
+from reparam.errors import ConditionError
 from reparam.passes import NormAfterLinear
 
 RULES = [NormAfterLinear()]
@@ -168,11 +169,14 @@ def test_layers_with_hooks_are_left(hooked):
     assert_same(net, compiled, image(3, 2))
 
 
-def test_norm_after_linear_of_unknown_rank_is_left():
+def test_norm_after_linear_takes_only_inputs_of_the_rank_that_was_made_up():
     net = model(lambda s, x: s.bn(s.fc(x)), fc=nn.Linear(5, 4), bn=nn.BatchNorm1d(4))
     compiled = reparam.compile(net)
-    assert reasons(compiled) == ["it works along axis 1 of an input of unknown rank; pass example_inputs"]
+    assert compiled.report.after.norms == 0
     assert_same(net, compiled, normal(3, 5))
+    assert net(normal(2, 4, 5)).shape == (2, 4, 4)  # the norm of another axis
+    with pytest.raises(ConditionError, match=r"with 2 axes, not .* with 3 axes"):
+        compiled(normal(2, 4, 5))
 
 
 def test_norm_along_another_axis_than_the_features_of_a_linear_is_left():
@@ -186,14 +190,14 @@ def test_norm_along_another_axis_than_the_features_of_a_linear_is_left():
 
 def test_constant_along_the_width_is_left():
     net = model(lambda s, x: s.conv(x) * s.gamma, conv=nn.Conv2d(3, 8, 1), gamma=nn.Parameter(torch.rand(10)))
-    compiled = reparam.compile(net)
+    compiled = reparam.compile(net, image(3, 2))
     assert reasons(compiled) == ["it works along axis -1, not along the channels' axis -3"]
     assert_same(net, compiled, image(3, 2))
 
 
 def test_constant_that_differs_from_place_to_place_is_left():
     net = model(lambda s, x: s.conv(x) + s.position, conv=nn.Conv2d(3, 8, 1), position=nn.Parameter(torch.rand(11, 10)))
-    compiled = reparam.compile(net)
+    compiled = reparam.compile(net, image(3, 2))
     assert reasons(compiled) == ["a constant of shape (11, 10) differs from place to place"]
     assert_same(net, compiled, image(3, 2))
 

@@ -461,7 +461,7 @@ def test_explain_prints_remarks_and_writes_nothing(checkpoint: Path) -> None:
 def test_explain_says_what_was_missed_and_kept(factory: Any) -> None:
     torch.save(factory.Python().state_dict(), "a.pth")
     result = run("explain", "a.pth", "--model", "their_models:Python", "--input-size", "2x6x6")
-    assert "\ncapture: 2\n  (model): not traceable" in result.stdout
+    assert "\ncapture: 1\n  (model): kept as Python: it asks for the value of an activation" in result.stdout
     report = json.loads(run("explain", "a.pth", "--model", "their_models:Python", "--json").stdout)["report"]
     assert any(remark["kind"] == "capture" for remark in report["remarks"])
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import assert_same, graph_of, image, model, reasons, rewritten
+from networks import assert_same, graph_of, image, model, normal, reasons, rewritten
 from torch import nn
 from torch.fx import Node
 
@@ -195,7 +195,7 @@ def test_a_remark_for_every_rewrite_and_refusal():
         return self.last(torch.relu(x)), x
 
     net = model(forward, conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3), last=nn.BatchNorm2d(3))
-    report = reparam.compile(net).report
+    report = reparam.compile(net, normal(2, 3, 4, 4)).report
     assert [str(remark) for remark in report.remarks] == [
         "fused   norm: folded norm into conv [NormAfterLinear]",
         "missed  last: nothing linear stands next to it: it reads relu, read by the output [Lift]",

@@ -672,7 +672,7 @@ def test_a_weight_from_the_input_is_not_lifted():
 def test_complex_weights_are_refused():
     net = model(lambda s, x: s.up(x), up=nn.ConvTranspose1d(2, 2, 2, 2))
     net.up = nn.ConvTranspose1d(2, 2, 2, 2, dtype=torch.complex128)
-    graph = graph_of(net)
+    graph = graph_of(net, normal(2, 2, 5).to(torch.complex128))
     call = next(node for node in graph.fx.nodes if node.op == "call_module")
     assert isinstance(lift(call, graph.modules), Refusal)
 

@@ -78,6 +78,8 @@ OPERATIONS: dict[str, tuple[Forward, dict[int, int]]] = {
     "reshape from the end": (lambda s, x: x.reshape(-1, x.shape[-2], x.shape[3]), {2: 1, 3: 2}),
     "reshape one axis": (lambda s, x: x.reshape(x.shape[0], 3, -1, x.shape[3]), {0: 0, 1: 1, 2: 2, 3: 3}),
     "reshape to the same": (lambda s, x: x.reshape_as(x), {0: 0, 1: 1, 2: 2, 3: 3}),
+    "view of a whole shape": (lambda s, x: x.view(x.shape), {0: 0, 1: 1, 2: 2, 3: 3}),
+    "reshape to a whole size": (lambda s, x: x.reshape(x.size()), {0: 0, 1: 1, 2: 2, 3: 3}),
     "view as": (lambda s, x: x.view_as(F.relu(x)), {0: 0, 1: 1, 2: 2, 3: 3}),
     "split channels": (lambda s, x: x.reshape(x.shape[0], 3, 1, x.shape[2], x.shape[3]), {0: 0, 1: 1, 2: 3, 3: 4}),
     "permute": (lambda s, x: x.permute(0, 2, 3, 1), {0: 0, 1: 3, 2: 1, 3: 2}),
@@ -173,8 +175,6 @@ def graph_with_shapes(net: nn.Module, example: Tensor | None):
 
 
 REFUSED: dict[str, Forward] = {
-    "a view of a whole shape": lambda s, x: x.view(x.shape),
-    "a reshape to a whole size": lambda s, x: x.reshape(x.size()),
     "a view as another type": lambda s, x: x.view(torch.int64),
     "a mean over everything": lambda s, x: x.mean(),
     "a mean over no axes": lambda s, x: x.mean(dim=()),
@@ -185,7 +185,7 @@ REFUSED: dict[str, Forward] = {
     "a list of indices": lambda s, x: x[:, [0, 2]],
     "a mask": lambda s, x: x[x > 0],
     "a 1-d pool of images": lambda s, x: F.avg_pool3d(x, 1),
-    "a pool with its indices": lambda s, x: F.max_pool2d(x, 2, return_indices=True),
+    "a pool with its indices": lambda s, x: F.max_pool2d(x, 2, return_indices=True)[0],
     "transposed altogether": lambda s, x: x.T,
     "an expansion": lambda s, x: x.expand(2, -1, -1, -1),
     "a roll": lambda s, x: x.roll(1, 1),
@@ -199,17 +199,29 @@ def test_unknown(name):
     assert views.axes(node) is None
 
 
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(1), nn.AvgPool2d(1), nn.AdaptiveAvgPool2d(4), nn.MaxPool1d(1)])
-def test_pool_of_another_dimension_takes_an_input_without_a_batch(pool):
-    rank = 4 if isinstance(pool, nn.MaxPool1d) else 3
-    convolution = nn.Conv2d(3, 3, 1) if rank == 4 else nn.Conv1d(3, 3, 1)
-    node, _ = last_node(lambda s, x: s.pool(s.conv(x)), normal(2, 3, 4), False, conv=convolution, pool=pool)
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(1), nn.AvgPool2d(1), nn.AdaptiveAvgPool2d(4)])
+@pytest.mark.parametrize("with_example", [True, False])
+def test_pool_of_another_dimension_takes_an_input_without_a_batch(pool, with_example):
+    convolution = nn.Conv1d(3, 3, 1)
+    node, _ = last_node(lambda s, x: s.pool(s.conv(x)), normal(2, 3, 4), with_example, conv=convolution, pool=pool)
     assert views.axes(node) is None
+
+
+def test_pool_takes_the_channels_of_an_image_without_a_batch_for_one():
+    x = normal(3, 4, 5)
+    node, _ = last_node(lambda s, x: s.pool(s.conv(x)), x, True, conv=nn.Conv2d(3, 3, 1), pool=nn.MaxPool1d(2))
+    assert views.axes(node).to == (0, 1, None)
 
 
 def test_rank_that_is_not_known():
-    node, _ = last_node(lambda s, x: F.relu(x).flatten(1), IMAGE, False)
-    assert views.axes(node) is None
+    net = model(lambda s, x: F.relu(x).flatten(1))
+    graph = graph_of(net, IMAGE)
+    for node in graph.fx.nodes:  # as in a graph that was not recorded
+        node.meta.pop("rank", None)
+        node.meta.pop("axes", None)
+    views.settle(graph.fx.nodes, graph.modules)
+    (output,) = (node for node in graph.fx.nodes if node.op == "output")
+    assert views.axes(output.args[0]) is None
 
 
 def test_hooked_layer_is_no_view():
@@ -349,7 +361,10 @@ PARTS: dict[str, tuple[Forward, tuple[int, int, int, int] | None]] = {
 @pytest.mark.parametrize("name", PARTS)
 def test_part(name):
     forward, expected = PARTS[name]
-    node, net = last_node(lambda s, x: forward(s, s.conv(x)), normal(2, 3, 3, 4), False, conv=nn.Conv2d(3, 5, 1))
+    # What is written for this width runs on no other.
+    with_example = name in ("split with sizes along the width", "sizes of a reshape")
+    example = normal(2, 3, 3, 4)
+    node, net = last_node(lambda s, x: forward(s, s.conv(x)), example, with_example, conv=nn.Conv2d(3, 5, 1))
     found = views.part(node)
     if expected is None:
         assert found is None

@@ -74,7 +74,7 @@ def said(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int 
     function = _function(name, target, len(args))
     if function is not None:
         return "call_function", function, args, kwargs
-    if hasattr(Tensor, name) and not name.startswith("_") and args and isinstance(args[0], Node):
+    if hasattr(Tensor, name) and not name.startswith("_") and args and isinstance(args[0], (Node, Tensor)):
         return "call_method", name, args, kwargs
     return same
 

@@ -1,4 +1,4 @@
-"""Inside of Python that cannot be traced: what is compiled on its own there, and what its parents would miss."""
+"""Inside of Python that is not recorded: what is compiled on its own there, and what its parents would miss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.capture import private_copy
+from reparam.compiled import GraphForward
+from reparam.errors import ConditionError
 from reparam.verify import compare
 from support import Net, randomise
 
@@ -35,7 +37,7 @@ class Block(nn.Module):
 
 
 class Parent(Net):
-    """Python that asks for a value before anything else, and so cannot be traced."""
+    """Python that asks for a value before anything else, and so is no graph."""
 
     def forward(self, x: Any, **more: Any) -> Any:
         if x.sum() > 1e12:
@@ -63,12 +65,17 @@ both = pytest.mark.parametrize("example", [True, False])
 
 
 @both
-def test_children_of_an_untraceable_root_are_compiled(example: bool, x: Tensor) -> None:
+def test_children_of_a_root_that_stays_are_compiled(example: bool, x: Tensor) -> None:
     model = Parent(lambda net, x: net.tail(net.block(x)), block=Block(), tail=nn.Sequential(Block(), nn.ReLU()))
     assert norms_left(model, x, example=example) == 0
-    result = reparam.compile(model, x if example else None)
+    result: Any = reparam.compile(model, x if example else None)
     assert type(result) is Parent
-    assert isinstance(result.block.get_submodule("large"), nn.Conv2d)
+    assert type(result.block) is Block
+    assert isinstance(result.block.__dict__["forward"], GraphForward)
+    # What is left of it can be seen, but is not what it was.
+    assert [(name, type(child)) for name, child in result.block.named_children()] == [("large", nn.Conv2d)]
+    with pytest.raises(AttributeError, match="'large' was fused with others"):
+        result.block.large  # noqa: B018
     assert [remark.where for remark in result.report.remarks if remark.rule == "Inside"] == ["block", "tail"]
     blocks = {"block", "tail.0"}
     places = {f"{block}.{norm}" for block in blocks for norm in ("norm", "other")} | blocks
@@ -89,7 +96,7 @@ def test_children_of_an_opaque_leaf_are_compiled(example: bool, x: Tensor) -> No
 
 
 @both
-def test_untraceable_modules_in_untraceable_modules(example: bool, x: Tensor) -> None:
+def test_modules_that_stay_in_modules_that_stay(example: bool, x: Tensor) -> None:
     inner = Parent(lambda net, x: net.block(x), block=Block())
     model = Parent(lambda net, x: net.inner(net.first(x)), first=Block(), inner=inner)
     assert norms_left(model, x, example=example) == 0
@@ -104,10 +111,6 @@ def _reads_weight(net: Any, x: Tensor) -> Tensor:
 
 def _calls_another_method(net: Any, x: Tensor) -> Tensor:
     return net.block.features(x) + net.block(x)
-
-
-def _asks_for_the_class(net: Any, x: Tensor) -> Tensor:
-    return net.block(x) if isinstance(net.block, Block) else x
 
 
 def _asks_for_an_attribute(net: Any, x: Tensor) -> Tensor:
@@ -141,20 +144,24 @@ def _swaps_a_part(net: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "forward",
     [
-        _reads_weight, _calls_another_method, _asks_for_the_class, _asks_for_an_attribute, _computes_a_name,
-        _goes_through_modules, _hands_on, _swaps_a_part,
+        _reads_weight, _calls_another_method, _asks_for_an_attribute, _computes_a_name, _goes_through_modules,
+        _hands_on, _swaps_a_part,
     ],
 )  # fmt: skip
 @both
 def test_a_child_whose_parts_are_read_stays(forward: Callable[..., Tensor], example: bool, x: Tensor) -> None:
     model = Parent(forward, block=Block())
     assert norms_left(model, x, example=example) == 2
-    remarks = reparam.compile(model).report.remarks
-    assert any(remark.where == "block" and "Block is kept as Python: " in remark.message for remark in remarks)
+    remarks = reparam.compile(model, x if example else None).report.remarks
+    assert any(remark.where == "block" and "Block is kept as " in remark.message for remark in remarks)
 
 
 def _reads_a_number(net: Any, x: Tensor) -> Tensor:
     return net.block(x) * net.block.width
+
+
+def _asks_for_the_class(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) if isinstance(net.block, Block) and callable(net.block.features) else x
 
 
 def _first_parameter(net: Any, x: Tensor) -> Tensor:
@@ -173,7 +180,9 @@ def _named(net: Any, x: Tensor) -> Tensor:
     return getattr(net, "bl" + "ock")(x)
 
 
-@pytest.mark.parametrize("forward", [_reads_a_number, _first_parameter, _by_position, _twice, _named])
+@pytest.mark.parametrize(
+    "forward", [_reads_a_number, _asks_for_the_class, _first_parameter, _by_position, _twice, _named]
+)
 @both
 def test_a_child_that_is_only_called_is_replaced(forward: Callable[..., Tensor], example: bool, x: Tensor) -> None:
     assert norms_left(Parent(forward, block=Block()), x, example=example) == 0
@@ -266,11 +275,20 @@ def test_optional_arguments_of_a_child(example: bool, x: Tensor) -> None:
             return super().forward(x if mask is None else x * mask)
 
     model = Parent(lambda net, x: net.block(x, mask=x > 0), block=Masked())
-    # Without an example, nobody knows whether the mask is given.
-    assert norms_left(model, x, example=example) == (0 if example else 2)
+    assert norms_left(model, x, example=example) == 0
     assert (
         norms_left(Parent(lambda net, x: net.block(x) + net.block(x, x > 0), block=Masked()), x, example=example) == 2
     )
+
+
+def test_a_part_says_which_calls_it_was_compiled_for(x: Tensor) -> None:
+    def forward(net: Any, x: Tensor, flat: bool = False) -> Tensor:
+        return net.block(x[0] if flat else x)
+
+    result = reparam.compile(randomise(Parent(forward, block=Block())).double(), x)
+    assert result.report.after.norms == 0
+    with pytest.raises(ConditionError, match="compiled for x as a tensor of floating-point numbers with 4 axes"):
+        result(x, flat=True)
 
 
 @both

@@ -1,9 +1,7 @@
-"""Models that torch.fx cannot trace and torch.export can, and exported programs themselves."""
+"""Exported programs, and modules of them."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reparam
-from reparam.errors import CaptureError
+from reparam.errors import CaptureError, ConditionError
 from reparam.verify import compare
 from support import randomise
 
@@ -48,123 +46,6 @@ def _assigns(net: Any, x: Tensor) -> Tensor:
     y[:, :1] = 0
     y[:, 1:2] += 1
     return y.relu_()
-
-
-def _tokens(net: Any, x: Tensor) -> Any:
-    b, c, h, w = net.block(x).shape
-    assert c == 4
-    tokens = net.block(x).flatten(2).transpose(1, 2)
-    tokens = net.head(tokens) * net.scale
-    return {"map": tokens.transpose(1, 2).reshape(b, -1, h, w), "rest": [tokens.mean(1), (b, None)]}
-
-
-@pytest.mark.parametrize("forward", [_asserts, _pads, _assigns, _tokens])
-def test_python_that_reads_sizes_becomes_a_graph(forward: Callable[..., Any]) -> None:
-    model = randomise(Net(forward)).double().eval()
-    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
-    assert (result.report.before.norms > 0, result.report.after.norms) == (True, 0)
-    assert isinstance(result, torch.fx.GraphModule)
-    assert "block" in {path.partition(".")[0] for path, _ in result.named_modules()}
-    for size in ((2, 3, 9, 8), (1, 3, 9, 8), (5, 3, 9, 8), (3, 3, 13, 6)):
-        x = torch.randn(size, dtype=torch.float64)
-        with torch.no_grad():
-            compare(model(x), result(x), 1e-9)
-            compare(model(x), copy.deepcopy(result)(x), 1e-9)
-
-
-def test_a_graph_for_some_batch_sizes_only_is_not_taken() -> None:
-    def forward(net: Any, x: Tensor) -> Tensor:
-        return net.block(x) * (2 if x.shape[0] > 1 else 3)
-
-    model = randomise(Net(forward)).double().eval()
-    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
-    remarks = [remark.message for remark in result.report.remarks if remark.rule == "Export"]
-    assert len(remarks) == 1
-    assert "its graph does not hold for a batch of one" in remarks[0]
-    # Its parts are compiled instead.
-    assert result.report.after.norms == 0
-    for batch in (1, 2, 3):
-        x = torch.randn(batch, 3, 9, 8, dtype=torch.float64)
-        with torch.no_grad():
-            compare(model(x), result(x), 1e-9)
-
-
-def test_a_decision_by_the_size_of_an_image_is_said_and_checked() -> None:
-    def forward(net: Any, x: Tensor) -> Tensor:
-        y = net.block(x)
-        return y * 2 if x.shape[2] % 2 == 1 else y
-
-    model = randomise(Net(forward)).double().eval()
-    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
-    assert "only for inputs where (x.shape[2] % 2) == 1" in [remark.message for remark in result.report.remarks]
-    with torch.no_grad():
-        x = torch.randn(1, 3, 7, 8, dtype=torch.float64)
-        compare(model(x), result(x), 1e-9)
-        with pytest.raises(AssertionError, match=r"compiled for inputs where \(x\.shape\[2\] % 2\) == 1"):
-            result(torch.randn(1, 3, 8, 8, dtype=torch.float64))
-
-
-def test_arguments_keep_their_names_and_defaults() -> None:
-    class Named(Net):
-        def forward(self, x: Any, *others: Tensor, mode: str = "sum", mask: Tensor | None = None, **more: Any) -> Any:
-            assert x["image"].shape[1] == 3
-            y = self.block(x["image"]) + self.block(others[1])
-            return y if mask is None else y * mask + more["shift"]
-
-    model = randomise(Named(lambda net, x: x)).double().eval()
-    x, y, z = (torch.randn(2, 3, 5, 6, dtype=torch.float64) for _ in range(3))
-    call = {"x": {"image": x}, "mask": torch.ones(6).double(), "shift": torch.ones(1).double()}
-    from reparam.exported import capture
-
-    captured = capture(model, (({"image": x}, y, z), {k: v for k, v in call.items() if k != "x"}))
-    graph = torch.fx.GraphModule(captured.root, captured.graph)
-    expected = model({"image": x}, y, z, mask=call["mask"], shift=call["shift"])
-    compare(expected, graph({"image": x}, y, z, mask=call["mask"], shift=call["shift"]), 1e-12)
-    with pytest.raises(AssertionError, match="mode was 'sum' when this was compiled"):
-        graph({"image": x}, y, z, mode="mean", mask=call["mask"], shift=call["shift"])
-
-
-@dataclasses.dataclass
-class Output:
-    value: Tensor
-
-
-def test_what_cannot_be_exported_is_compiled_by_parts() -> None:
-    def forward(net: Any, x: Tensor) -> Any:
-        # No assert, of which pytest makes code that could read anything.
-        return Output(net.block(x) if x.sum() < 1e12 else x)
-
-    model = randomise(Net(forward)).double().eval()
-    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    result = reparam.compile(model, x)
-    assert result.report.after.norms == 0
-    assert "it cannot be exported" in str(result.report)
-    compare(model(x).value, result(x).value, 1e-9)
-
-
-def test_a_model_that_writes_to_its_buffers_is_not_exported() -> None:
-    class Counting(Net):
-        def __init__(self) -> None:
-            super().__init__(lambda net, x: x)
-            self.register_buffer("count", torch.zeros(1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            if len(x) == 0:
-                return x
-            self.count.add_(1)
-            return self.block(x) + self.count
-
-    model = randomise(Counting()).double().eval()
-    model.count.zero_()
-    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    result = reparam.compile(model, x)
-    assert (result.report.after.norms, model.count.item()) == (0, 0)
-    with torch.no_grad():
-        for _ in range(2):
-            compare(model(x), result(x), 1e-9)
-
-
-# Exported programs.
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -208,9 +89,12 @@ def test_the_module_of_an_exported_program_is_compiled(dynamic: bool, example: b
     assert (result.report.before.norms, result.report.after.norms) == (1, 0)
     with torch.no_grad():
         compare(model(x), result(x), 1e-9)
-    wrong = torch.randn(2, 3, 9, 12, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="Guard failed"):  # that of the module itself
-        result(wrong)
+    # What the module itself demands.
+    with pytest.raises(ConditionError, match="compiled for inputs where the width of x is 8"):
+        result(torch.randn(2, 3, 9, 12, dtype=torch.float64))
+    if not dynamic:
+        with pytest.raises(ConditionError, match="compiled for inputs where the batch size of x is 2"):
+            result(torch.randn(3, 3, 9, 8, dtype=torch.float64))
 
 
 def test_a_decomposed_program_is_compiled() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 import reparam
-from reparam import aten
+from reparam.capture import aten
 from reparam.verify import compare
 from support import randomise
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam import capture
+from reparam.capture.state import NoSideEffects, State, UnrecordableError, same_items
+from reparam.capture.copies import tensor_storages, tensors_in
+from reparam.leaves import HOOKS, carries_hooks, is_leaf
 
 _PRE_HOOKS = "_forward_pre_hooks"
 
@@ -36,7 +38,7 @@ def settle(root: nn.Module) -> None:
     parametrized = [module for module in modules if "parametrizations" in module._modules]
     if not hooked and not parametrized:
         return
-    storages = capture.tensor_storages(modules)
+    storages = tensor_storages(modules)
     for module in parametrized:
         values = _without_side_effects(partial(_parametrized, module), modules, storages)
         if values is not None:
@@ -60,13 +62,13 @@ def _without_side_effects(
     program: Callable[[], dict[str, Tensor]], modules: Sequence[nn.Module], storages: frozenset[int]
 ) -> dict[str, Tensor] | None:
     """What a program computes, or None when it is none; the modules are as before either way."""
-    state = capture.State(modules)
-    memory = [(tensor, tensor.data) for module in modules for _, tensor in capture.tensors_in(module)]
+    state = State(modules)
+    memory = [(tensor, tensor.data) for module in modules for _, tensor in tensors_in(module)]
     try:
-        with torch.no_grad(), capture.NoSideEffects(storages):
+        with torch.no_grad(), NoSideEffects(storages):
             values = program()
         return None if any(tensor.data_ptr() != data.data_ptr() for tensor, data in memory) else values
-    except Exception:
+    except (Exception, UnrecordableError):
         return None
     finally:
         for tensor, data in memory:
@@ -85,9 +87,9 @@ def _set(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 def _parametrized(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that a module's parametrizations compute."""
     programs: Any = module.parametrizations
-    if any(capture.carries_hooks(inner) for inner in programs.modules()):
+    if any(carries_hooks(inner) for inner in programs.modules()):
         raise _NotAProgramError
-    state = capture.State(programs.modules())
+    state = State(programs.modules())
     first, second = ({name: getattr(module, name) for name in programs} for _ in range(2))
     for inner in programs.modules():
         state.check(inner)
@@ -105,7 +107,7 @@ def _agreed(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Te
 def _hooked(module: nn.Module, modules: Sequence[nn.Module]) -> dict[str, Tensor]:
     """The tensors that a module's pre-hooks set, when it has no other hooks."""
     hooks = list(module.__dict__[_PRE_HOOKS].values())
-    others = [name for name in capture.HOOKS if name != _PRE_HOOKS and module.__dict__.get(name)]
+    others = [name for name in HOOKS if name != _PRE_HOOKS and module.__dict__.get(name)]
     if others or module.__dict__.get("_forward_pre_hooks_with_kwargs"):
         raise _NotAProgramError
     first, second = ({k: v for hook in hooks for k, v in _set_by(hook, module, modules).items()} for _ in range(2))
@@ -125,7 +127,7 @@ class _Untouchable:
 def _set_by(hook: Any, module: nn.Module, modules: Sequence[nn.Module]) -> Mapping[str, Tensor]:
     """The tensors of ``module`` that a hook sets, when that is all that it does."""
     before = {other: _attributes(other) for other in modules}
-    containers = capture.State(modules).contents
+    containers = State(modules).contents
     with _closure_kept(hook):
         if hook(module, _Untouchable()) is not None:
             raise _NotAProgramError
@@ -137,7 +139,7 @@ def _set_by(hook: Any, module: nn.Module, modules: Sequence[nn.Module]) -> Mappi
             raise _NotAProgramError
         changed.update({name: new[name] for name in names})
         for name, items in containers[other].items():
-            kept = name in ("_parameters", "_buffers") or capture.same_items(other.__dict__.get(name), items)
+            kept = name in ("_parameters", "_buffers") or same_items(other.__dict__.get(name), items)
             if not kept:
                 raise _NotAProgramError
     return changed
@@ -170,8 +172,6 @@ def _closure_kept(hook: Any) -> Iterator[None]:
 
 def _drop_unread(module: nn.Module) -> None:
     """Take off a torch.nn layer the parameters and buffers that its class does not know: what its own came from."""
-    from reparam.lift import is_leaf
-
     if not is_leaf(module) or not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.RNNBase):
         return
     functions = [

@@ -1,0 +1,137 @@
+"""What a model keeps from call to call to save work, found out by calling it with inputs of another size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam.capture.state import State, same_items, writes_undone
+
+# Added to the sizes of an example, or what they are multiplied by.
+_OTHERS = (lambda size: size // 2, lambda size: 2 * size, lambda size: size + 32, lambda size: size + 1)
+
+
+@contextmanager
+def forgotten(root: nn.Module, call: Any) -> Iterator[bool]:
+    """Within it, a model has forgotten what it keeps for inputs of the size of a call.
+
+    Such a cache is an attribute that a call with inputs of another size replaces, and without which the model returns
+    the same as with it, for both sizes.
+
+    Yields:
+        Whether there is any.
+    """
+    modules = list(root.modules())
+    state = State(modules)
+    caches: list[tuple[nn.Module, str]] = []
+    try:
+        with torch.no_grad():
+            caches = _caches(root, call, state)
+            if caches:
+                expected = [_run(root, inputs, state) for inputs in (call, _other(root, call, state))]
+                for module, name in caches:
+                    _set(module, name, None)
+                empty = State(modules)
+                actual = [_run(root, inputs, empty) for inputs in (call, _other(root, call, empty))]
+                if any(y is None for y in (*expected, *actual)) or not is_same(expected, actual):
+                    state.restore(modules)
+                    caches = []
+                else:
+                    empty.restore(modules)
+        yield bool(caches)
+    finally:
+        state.restore(modules)
+
+
+def _caches(root: nn.Module, call: Any, state: State) -> list[tuple[nn.Module, str]]:
+    """Attributes that a call with inputs of another size replaces."""
+    modules = list(state.attributes)
+    try:
+        if _other(root, call, state, restore=False) is None:
+            return []
+        found = [
+            (module, name)
+            for module, attributes in state.attributes.items()
+            for name, value in attributes.items()
+            if name not in ("_parameters", "_buffers", "_modules") and _differs(value, module.__dict__.get(name))
+        ]
+        found += [
+            (module, name)
+            for module, contents in state.contents.items()
+            for name, value in contents.get("_buffers", {}).items()
+            if module._buffers.get(name) is not value
+        ]
+        return found + [
+            (module, name)
+            for module, contents in state.contents.items()
+            for name, value in contents.items()
+            if name not in ("_parameters", "_buffers", "_modules") and not same_items(value, module.__dict__.get(name))
+        ]
+    finally:
+        state.restore(modules)
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    held = module.__dict__.get(name)
+    if isinstance(held, (dict, list, set)):
+        held.clear()
+    elif name in module._buffers:
+        module._buffers[name] = value
+    else:
+        module.__dict__[name] = value
+
+
+def _differs(old: Any, new: Any) -> bool:
+    if old is new:
+        return False
+    try:
+        return type(old) is not type(new) or isinstance(old, Tensor) or bool(old != new)
+    except Exception:  # whatever comparing people's objects raises
+        return True
+
+
+def _run(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
+    """What the model returns, or None where it does not run."""
+    if call is None:
+        return None
+    try:
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, call)
+        with writes_undone(state.attributes):
+            return root.forward(*args, **kwargs)
+    except Exception:
+        return None
+    finally:
+        if restore:
+            state.restore(state.attributes)
+
+
+def _other(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
+    """A call with inputs of another size that the model takes, run once; None where there is none."""
+    for change in _OTHERS:
+        other = torch.utils._pytree.tree_map_only(Tensor, lambda x: _resized(x, change), call)
+        if _run(root, other, state, restore) is not None:
+            return other
+        state.restore(state.attributes)
+    return None
+
+
+def _resized(x: Tensor, change: Any) -> Tensor:
+    """Numbers of a tensor over and over, along more of them on every axis of space."""
+    for axis in range(2, x.dim()):
+        x = x.index_select(axis, torch.arange(change(x.shape[axis]), device=x.device) % x.shape[axis])
+    return x
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two outputs are the same, number by number."""
+    from reparam.verify import compare
+
+    try:
+        compare(a, b, 1e-6)
+    except Exception:
+        return False
+    return True

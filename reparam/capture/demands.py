@@ -1,0 +1,96 @@
+"""What a model's own code is about to do with a number: raise an error, or say it in a message.
+
+An ``assert``, or an ``if`` before a ``raise``, is a demand that the model makes by itself, and costs a graph nothing. A
+number that goes into the text of a message, a warning or an error decides nothing.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from functools import cache
+from types import CodeType, FrameType
+
+# How many instructions are followed.
+_MOST = 400
+_ENDS = ("RAISE_VARARGS", "LOAD_ASSERTION_ERROR", "RERAISE")
+# What a text may go through on its way to the end of a statement that is nothing but a call.
+_KEEPS = ("STORE", "RETURN", "FOR_ITER", "YIELD", "BINARY_SUBSCR", "CONTAINS", "COMPARE", "DELETE", "BINARY_SLICE")
+
+
+def is_demanded() -> bool:
+    """Whether the innermost frame of a model's own code is at a decision of which one outcome raises an error."""
+    frame = _frame()
+    return frame is not None and _raises(frame.f_code, frame.f_lasti)
+
+
+def is_said() -> bool:
+    """Whether the innermost frame of a model's own code makes a text of a number that goes into a mere message."""
+    frame = _frame()
+    return frame is not None and _is_message(frame.f_code, frame.f_lasti)
+
+
+def _frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and f"{frame.f_globals.get('__name__')}.".startswith(("reparam.capture.", "torch.")):
+        frame = frame.f_back
+    return frame
+
+
+@cache
+def _steps(code: CodeType) -> tuple[list[dis.Instruction], dict[int, int]]:
+    steps = list(dis.get_instructions(code))
+    return steps, {step.offset: index for index, step in enumerate(steps)}
+
+
+@cache
+def _raises(code: CodeType, offset: int) -> bool:
+    """Whether the decision after an instruction has a branch that goes straight to an error."""
+    steps, places = _steps(code)
+    at = next((index for index, step in enumerate(steps) if step.offset >= offset), len(steps))
+    jump = next((i for i in range(at, min(at + 6, len(steps))) if _branches(steps[i])), None)
+    if jump is None:
+        return False
+    return any(_always_raises(code, start) for start in (jump + 1, places.get(steps[jump].argval, len(steps))))
+
+
+def _always_raises(code: CodeType, start: int) -> bool:
+    """Whether every way on from an instruction ends in an error."""
+    steps, places = _steps(code)
+    pending, seen = [start], set()
+    while pending:
+        at = pending.pop()
+        while at not in seen:
+            seen.add(at)
+            if at >= len(steps) or len(seen) > _MOST:
+                return False
+            step = steps[at]
+            if step.opname in _ENDS:
+                break
+            if step.opname.startswith(("RETURN", "YIELD", "FOR_ITER", "SEND")):
+                return False
+            if "JUMP" in step.opname:
+                target = places.get(step.argval, len(steps))
+                if target <= at:
+                    return False  # a loop
+                pending.append(target)
+                if not _branches(step) and "OR_POP" not in step.opname:
+                    break
+            at += 1
+    return True
+
+
+@cache
+def _is_message(code: CodeType, offset: int) -> bool:
+    """Whether what an instruction makes ends in a call whose result is thrown away, or in an error."""
+    steps, places = _steps(code)
+    for step in steps[places.get(offset, len(steps)) :][:80]:
+        if step.opname in (*_ENDS, "POP_TOP"):
+            return True
+        if "JUMP" in step.opname or step.opname.startswith(_KEEPS):
+            return False
+    return False
+
+
+def _branches(step: dis.Instruction) -> bool:
+    return "JUMP" in step.opname and "IF" in step.opname

@@ -1,0 +1,296 @@
+"""Python that reads sizes: what stays dynamic, what is a condition, and what keeps a module as it is.
+
+PYTEST_DONT_REWRITE: an assert in a model has to be the model's own, not the code that pytest makes of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import assert_same, model, normal
+from torch import Tensor, nn
+
+import reparam
+from reparam.capture import capture
+from reparam.conditions import check_call
+from reparam.errors import ConditionError
+from reparam.verify import compare
+from support import randomise
+
+FORWARDS = {
+    "a token for every image": lambda s, x: torch.cat([s.token.expand(x.shape[0], -1, -1), x], 1),
+    "a token, repeated": lambda s, x: torch.cat([s.token.repeat(x.size(0), 1, 1), x], 1),
+    "a part of a table": lambda s, x: x + s.table[:, : x.shape[1]],
+    "a table resampled": lambda s, x: x + F.interpolate(s.table.mT, size=x.shape[1], mode="linear").mT,
+    "zeros": lambda s, x: torch.cat([torch.zeros(x.shape[0], 1, 4, dtype=x.dtype, device=x.device), x], 1),
+    "new zeros": lambda s, x: torch.cat([s.token.new_zeros(x.shape[0], 1, 4), x], 1),
+    "positions": lambda s, x: x + torch.arange(x.shape[1], device=x.device)[:, None],
+    "moved to where the input is": lambda s, x: x * s.token.to(x.device).to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_what_depends_on_sizes_is_recorded_and_stays_dynamic(name):
+    net = model(
+        lambda s, x: s.norm(s.linear(FORWARDS[name](s, x)).mT).mT,
+        linear=nn.Linear(4, 3),
+        norm=nn.BatchNorm1d(3),
+        token=nn.Parameter(torch.rand(1, 1, 4)),
+        table=nn.Parameter(torch.rand(1, 9, 4)),
+    )
+    compiled = reparam.compile(net, normal(2, 5, 4))
+    assert not [remark for remark in compiled.report.remarks if remark.kind == "capture"]
+    assert compiled.report.after.norms == 0
+    for batch, length in ((2, 5), (1, 3), (4, 9)):
+        assert_same(net, compiled, normal(batch, length, 4))
+
+
+def test_sizes_that_python_rounds_stay_dynamic():
+    """TensorFlow's SAME padding, of which one side depends on the size."""
+
+    def forward(self, x):
+        amounts = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+            amounts += [total // 2, total - total // 2]
+        return self.norm(self.conv(F.pad(x, amounts)))
+
+    net = model(forward, conv=nn.Conv2d(3, 4, 3, stride=2), norm=nn.BatchNorm2d(4))
+    compiled = reparam.compile(net)
+    assert compiled.report.after.norms == 0
+    for size in ((8, 9), (7, 10)):
+        assert_same(net, compiled, normal(2, 3, *size))
+
+
+class Net(nn.Module):
+    """A convolution, its norm and a linear layer, and a forward that uses them."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = forward
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.head = nn.Linear(4, 5)
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def _asserts(net: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 3
+    return net.block(x)
+
+
+def _raises(net: Any, x: Tensor) -> Tensor:
+    if x.shape[2] < 4 or x.shape[-1] % 2:
+        raise ValueError(f"an image of {x.shape[2]} by {x.shape[3]} is not what this is made for")
+    return net.block(x)
+
+
+def _pads(net: Any, x: Tensor) -> Tensor:
+    bottom = -x.shape[2] % 4
+    return net.block(F.pad(x, (0, 0, 0, bottom)))[:, :, : x.shape[2]] if len(x.shape) == 4 else x
+
+
+def _assigns(net: Any, x: Tensor) -> Tensor:
+    assert x.ndim == 4
+    y = net.block(x).relu()
+    y[:, :1] = 0
+    y[:, 1:2] += 1
+    return y.relu_()
+
+
+def _tokens(net: Any, x: Tensor) -> Any:
+    b, c, h, w = net.block(x).shape
+    assert c == 4
+    tokens = net.block(x).flatten(2).transpose(1, 2)
+    tokens = net.head(tokens) * net.scale
+    return {"map": tokens.transpose(1, 2).reshape(b, -1, h, w), "rest": [tokens.mean(1), (b, None)]}
+
+
+@pytest.mark.parametrize("forward", [_asserts, _raises, _pads, _assigns, _tokens])
+def test_python_that_reads_sizes_becomes_a_graph(forward: Callable[..., Any]) -> None:
+    model = randomise(Net(forward)).double().eval()
+    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
+    assert (result.report.before.norms > 0, result.report.after.norms) == (True, 0)
+    assert isinstance(result, torch.fx.GraphModule)
+    assert "block" in {path.partition(".")[0] for path, _ in result.named_modules()}
+    for size in ((2, 3, 9, 8), (1, 3, 9, 8), (5, 3, 9, 8), (3, 3, 13, 6)):
+        x = torch.randn(size, dtype=torch.float64)
+        with torch.no_grad():
+            compare(model(x), result(x), 1e-9)
+            compare(model(x), copy.deepcopy(result)(x), 1e-9)
+
+
+def _decides_by_batch(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) * (2 if x.shape[0] > 1 else 3)
+
+
+def _decides_by_one_height(net: Any, x: Tensor) -> Tensor:
+    y = net.block(x)
+    if x.shape[2] == 5:
+        return y.relu()
+    return y
+
+
+def _decides_by_height(net: Any, x: Tensor) -> Tensor:
+    y = net.block(x)
+    return y * 2 if x.shape[2] % 2 == 1 else y
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [(_decides_by_height, "x.shape[2] % 2 is 1"), (_decides_by_one_height, "the height of x is not 5")],
+)
+def test_a_module_that_decides_by_sizes_stays_and_its_parts_are_compiled(forward: Any, reason: str) -> None:
+    model = randomise(Net(forward)).double().eval()
+    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
+    remarks = [remark.message for remark in result.report.remarks if remark.rule == "Record"]
+    assert remarks == [f"kept as Python: it decides by sizes ({reason})"]
+    assert result.report.after.norms == 0
+    for size in ((1, 3, 9, 8), (2, 3, 9, 8), (3, 3, 9, 8), (1, 3, 8, 7), (2, 3, 5, 9)):
+        x = torch.randn(size, dtype=torch.float64)
+        with torch.no_grad():
+            compare(model(x), result(x), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("forward", "said", "good", "bad"),
+    [
+        (_decides_by_batch, "x.shape[0] > 1", (5, 3, 8, 7), (1, 3, 9, 8)),
+        (_decides_by_one_height, "the height of x is not 5", (2, 3, 6, 8), (2, 3, 5, 8)),
+        (_decides_by_height, "x.shape[2] % 2 is 1", (1, 3, 7, 8), (2, 3, 8, 8)),
+    ],
+)
+def test_a_decision_by_sizes_is_said_and_checked(forward: Any, said: str, good: Any, bad: Any) -> None:
+    model = randomise(Net(forward)).double().eval()
+    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64), sizes="example")
+    assert isinstance(result, torch.fx.GraphModule)
+    assert result.report.after.norms == 0
+    (remark,) = [remark for remark in result.report.remarks if remark.kind == "capture"]
+    assert (remark.rule, remark.where, remark.message) == ("Condition", "", f"only for inputs where {said}")
+    with torch.no_grad():
+        x = torch.randn(good, dtype=torch.float64)
+        compare(model(x), result(x), 1e-9)
+        with pytest.raises(ConditionError) as error:
+            result(torch.randn(bad, dtype=torch.float64))
+    assert f"compiled for inputs where {said}; " in str(error.value)
+
+
+def test_a_number_chosen_by_a_size_is_chosen_at_every_call() -> None:
+    model = randomise(Net(_decides_by_batch)).double().eval()
+    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
+    assert not [remark for remark in result.report.remarks if remark.kind == "capture"]
+    assert result.report.after.norms == 0
+    for batch in (1, 2, 3):
+        x = torch.randn(batch, 3, 9, 8, dtype=torch.float64)
+        with torch.no_grad():
+            compare(model(x), result(x), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("decides", "always"),
+    [
+        (lambda s: s == 5, False), (lambda s: s != 7, False), (lambda s: s - 20 < 0, False),
+        (lambda s: s % 4 == 1, False), (lambda s: s // 2 > 2, False), (lambda s: 2 * s - 20 == 0, False),
+        (lambda s: -s % 4 < 4, True),
+        (lambda s: s + 1 > 1, True), (lambda s: s == -3, True), (lambda s: s % 4 != 4, True),
+        (lambda s: (math.ceil(s / 2) - 1) * 2 + 3 - s >= 0, True), (lambda s: (s + 3) // 4 * 4 >= s, True),
+    ],
+)  # fmt: skip
+def test_what_comes_out_alike_for_every_size_decides_nothing(decides: Any, always: bool) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.block(x)
+        if decides(x.shape[2]):
+            y = y.relu()
+        return y
+
+    model = randomise(Net(forward)).double().eval()
+    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
+    assert isinstance(result, torch.fx.GraphModule) is always
+    for height in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 20, 21):
+        x = torch.randn(1, 3, height, 4, dtype=torch.float64)
+        with torch.no_grad():
+            compare(model(x), result(x), 1e-9)
+
+
+def test_what_a_model_demands_is_demanded_of_the_graph() -> None:
+    model = randomise(Net(_raises)).double().eval()
+    result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
+    assert not [remark for remark in result.report.remarks if remark.kind == "capture"]
+    for size, words in (((2, 3, 3, 8), "x.shape[2] >= 4"), ((2, 3, 9, 7), "the width of x is a multiple of 2")):
+        with pytest.raises(ConditionError) as error:
+            result(torch.randn(size, dtype=torch.float64))
+        assert f"compiled for inputs where {words}; " in str(error.value)
+
+
+def test_arguments_keep_their_names_and_defaults() -> None:
+    class Named(Net):
+        def forward(self, x: Any, *others: Tensor, mode: str = "sum", mask: Tensor | None = None, **more: Any) -> Any:
+            assert x["image"].shape[1] == 3
+            y = self.block(x["image"]) + self.block(others[1])
+            return y if mask is None else y * mask + more["shift"]
+
+    model = randomise(Named(lambda net, x: x)).double().eval()
+    x, y, z = (torch.randn(2, 3, 5, 6, dtype=torch.float64) for _ in range(3))
+    call = {"x": {"image": x}, "mask": torch.ones(6).double(), "shift": torch.ones(1).double()}
+    captured = capture(model, (({"image": x}, y, z), {k: v for k, v in call.items() if k != "x"}))
+    graph = torch.fx.GraphModule(captured.root, captured.graph)
+    expected = model({"image": x}, y, z, mask=call["mask"], shift=call["shift"])
+    compare(expected, graph({"image": x}, y, z, mask=call["mask"], shift=call["shift"]), 1e-12)
+    given = {"mask": call["mask"], "shift": call["shift"]}
+    check_call(captured.arguments, ({"image": x}, y, z), given)
+    check_call(captured.arguments, ({"image": x}, y, z), given | {"mode": "sum"})
+    with pytest.raises(ConditionError, match="compiled for mode as 'sum', not 'mean'"):
+        check_call(captured.arguments, ({"image": x}, y, z), given | {"mode": "mean"})
+    with pytest.raises(ConditionError, match=r"compiled for mask as a tensor of .* with 1 axes, not None"):
+        check_call(captured.arguments, ({"image": x}, y, z), {"shift": call["shift"]})
+    with pytest.raises(ConditionError, match=r"compiled for \*others as a sequence of 2: "):
+        check_call(captured.arguments, ({"image": x}, y), given)
+
+
+@dataclasses.dataclass
+class Output:
+    value: Tensor
+
+
+def test_what_asks_for_values_is_compiled_by_parts() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        return Output(net.block(x) if x.sum() < 1e12 else x)
+
+    model = randomise(Net(forward)).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x)
+    assert result.report.after.norms == 0
+    assert "kept as Python: it asks for the value of an activation (__bool__)" in str(result.report)
+    assert type(result(x)) is Output
+    compare(model(x).value, result(x).value, 1e-9)
+
+
+def test_a_model_that_writes_to_its_buffers_goes_on_writing() -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x: x)
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 0:
+                return x
+            self.count.add_(1)
+            return self.block(x) + self.count
+
+    model = randomise(Counting()).double().eval()
+    model.count.zero_()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x)
+    assert (result.report.after.norms, model.count.item()) == (0, 0)
+    with torch.no_grad():
+        for _ in range(2):
+            compare(model(x), result(x), 1e-9)
