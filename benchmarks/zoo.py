@@ -273,12 +273,12 @@ def examine(row: Row) -> None:
                 row.peers[name] = Outcome(failure=first_line(error))
 
     start = time.process_time()
-    compiled = reparam.compile(model, example)
+    compiled = reparam.compile(model, example, sizes="example")
     row.seconds = time.process_time() - start
     row.ours, _ = outcome(compiled, images, expected)
     if not row.ours.error < WRONG:
         model, images = model.double(), images.double()
-        row.error_in_double = difference(reparam.compile(model, example.double())(images), model(images))
+        row.error_in_double = difference(reparam.compile(model, example.double(), sizes="example")(images), model(images))
     report: reparam.Report = compiled.report  # type: ignore[assignment]
     row.counts = {name: [getattr(c, name) for c in (report.before, report.after)] for name in ("norms", "kernels")}
     row.opaque = {remark.where: remark.message for remark in capture_failures(report)}
@@ -287,7 +287,7 @@ def examine(row: Row) -> None:
 
 
 def capture_failures(report: reparam.Report) -> list[reparam.Remark]:
-    return [remark for remark in report.remarks if remark.kind == "capture" and remark.rule == "Trace"]
+    return [remark for remark in report.remarks if remark.kind == "capture" and remark.rule == "Record"]
 
 
 def norms_left(compiled: nn.Module, report: reparam.Report) -> Iterable[Left]:

@@ -6,7 +6,7 @@
 from reparam import algebra, errors, lift, passes
 from reparam.compiler import compile, explain
 from reparam.decisions import Decisions
-from reparam.errors import ReparamError, VerificationError
+from reparam.errors import ConditionError, ReparamError, VerificationError
 from reparam.expand import expand
 from reparam.export import Exported, ImageInput, export
 from reparam.report import Comparison, Counts, Remark, Report
@@ -20,6 +20,7 @@ __all__ = [
     "Add",
     "Apply",
     "Comparison",
+    "ConditionError",
     "Counts",
     "Decisions",
     "Exported",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -169,16 +171,17 @@ def _lookups(path: str) -> str:
     return "self" + "".join(f"._modules[{name!r}]" for name in path.split("."))
 
 
-def install(module: nn.Module, compiled: CompiledModel) -> None:
+def install(module: nn.Module, compiled: CompiledModel, *, seal: bool) -> None:
     """Let a module compute what a graph computes, and be itself in all else: of its class, with its attributes.
 
     Args:
         module: Gets the layers of the graph in the place of its own.
         compiled: The graph.
+        seal: Whether Python that asks for a layer by name, which is no longer what it was, gets an error.
     """
     own = set(module.modules())
     module.__dict__["forward"] = GraphForward(module, compiled)
-    module.__dict__["_modules"] = _sealed(compiled, own)
+    module.__dict__["_modules"] = _sealed(compiled, own) if seal else compiled._modules
     for name in ("_parameters", "_buffers"):
         module.__dict__[name] = compiled.__dict__[name]
 
@@ -199,7 +202,9 @@ def _sealed(holder: nn.Module, own: set[nn.Module]) -> Sealed:
 
 
 class Sealed(dict[str, Any]):
-    """Modules by name. Those that compiling has made are no longer what Python that asks for them by name expects.
+    """Modules by name. Those that compiling has made are no longer what a model's Python that asks for them expects.
+
+    torch itself, which exports, draws and loads modules by their names, gets them.
 
     Attributes:
         made: Their names.
@@ -210,12 +215,20 @@ class Sealed(dict[str, Any]):
         self.made = made
 
     def __getitem__(self, name: str) -> Any:
-        if name in self.made:
+        if name in self.made and not _is_asked_by_torch():
             raise AttributeError(f"{name!r} was fused with others when this was compiled, and is not what it was before")
         return super().__getitem__(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Sealed, (dict(self.items()), self.made)
+
+
+def _is_asked_by_torch() -> bool:
+    """Whether torch asks for a child of a module, and not the code of a model."""
+    frame: FrameType | None = sys._getframe(2)
+    if frame is not None and frame.f_code is nn.Module.__getattr__.__code__:
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.")
 
 
 class GraphForward:

@@ -20,6 +20,7 @@ from reparam import rewrite as rewriting
 from reparam.compiled import CompiledModel as CompiledModel
 from reparam.compiled import install, keep_attributes
 from reparam.capture import exported
+from reparam.capture.modes import modes_kept
 from reparam.cost import Cost
 from reparam.decisions import Decisions
 from reparam.errors import CaptureError, ReparamError, VerificationError
@@ -33,6 +34,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@modes_kept
 @collector_paused()  # it would walk all nodes again and again, and what is made here is in use
 def compile(
     model: nn.Module | torch.export.ExportedProgram,
@@ -161,14 +163,14 @@ def _build(
         model, captured, reference = _read(model, example_inputs, options.verify)
     else:
         if options.methods:
-            entries = _entries(options.methods, example_inputs)
+            entries = _entries(capturing.unwrapped(model), options.methods, example_inputs)
             captured = capturing.capture_parts(
                 model, entries, sizes=options.sizes, spans=lambda part: _spans(part, options)
             )
         else:
             call = None if example_inputs is None else as_call(example_inputs)
             captured = capturing.capture(model, call, sizes=options.sizes)
-        reference = _Reference(model, captured, example_inputs is not None, options.verify)
+        reference = _Reference(model, captured, example_inputs is not None, options.verify, options.methods)
     result: nn.Module
     if captured.traced:
         result, work = _compile_graph(captured, options, type(capturing.unwrapped(model)).__name__)
@@ -320,8 +322,11 @@ def compile_captured(captured: capturing.Capture) -> CompiledModel:
     return _compile_graph(captured, options, "Fused")[0]
 
 
-def _entries(methods: Sequence[str], example_inputs: Any) -> list[tuple[str, Call | None]]:
+def _entries(model: nn.Module, methods: Sequence[str], example_inputs: Any) -> list[tuple[str, Call | None]]:
     """Methods, and calls of them."""
+    for name in methods:
+        if not callable(getattr(model, name, None)):
+            raise ReparamError(f"{type(model).__name__} has no method {name!r}")
     if len(methods) == 1:
         return [(methods[0], None if example_inputs is None else as_call(example_inputs))]
     if not isinstance(example_inputs, Mapping) or set(example_inputs) != set(methods):
@@ -330,26 +335,23 @@ def _entries(methods: Sequence[str], example_inputs: Any) -> list[tuple[str, Cal
 
 
 def _selection(model: Any, where: str | Sequence[str] | Callable[[str], bool]) -> Callable[[str], bool]:
-    """Whether a module path, or that of a module around it, is selected.
+    """Whether a module path is selected; a pattern selects what is in a module, too.
 
     Raises:
         ReparamError: A pattern matches no module.
     """
     if callable(where):
-        chosen = where
-    else:
-        patterns = [where] if isinstance(where, str) else list(where)
-        paths = [path for path, _ in model.named_modules()] if isinstance(model, nn.Module) else []
-        for pattern in patterns:
-            if not any(fnmatchcase(path, pattern) for path in paths):
-                raise ReparamError(f"where={pattern!r} matches none of the {len(paths)} modules")
-
-        def chosen(path: str) -> bool:
-            return any(fnmatchcase(path, pattern) for pattern in patterns)
+        return where
+    patterns = [where] if isinstance(where, str) else list(where)
+    paths = [path for path, _ in model.named_modules()] if isinstance(model, nn.Module) else []
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ReparamError(f"where={pattern!r} matches none of the {len(paths)} modules")
 
     def selects(path: str) -> bool:
         names = path.split(".")
-        return any(chosen(".".join(names[:length])) for length in range(len(names), -1, -1))
+        around = [".".join(names[:length]) for length in range(len(names) + 1)]
+        return any(fnmatchcase(outer, pattern) for outer in around for pattern in patterns)
 
     return selects
 
@@ -382,6 +384,11 @@ class _Parts:
         return {part: work.before for part, work in self.works.items()}
 
 
+def _within(path: str, remark: Remark) -> Remark:
+    """A remark on a part, as one on what it is a part of."""
+    return replace(remark, where=".".join(filter(None, (path, remark.where))))
+
+
 def _compile_parts(captured: capturing.Capture, options: _Options) -> _Parts:
     """Compile every part that was recorded by itself, and let its module compute by the result."""
     parts = _Parts()
@@ -398,10 +405,11 @@ def _compile_parts(captured: capturing.Capture, options: _Options) -> _Parts:
             parts.remarks.append(Remark("capture", "Inside", path, said))
             continue
         if work.before == work.after and not work.parts:
+            parts.remarks += [_within(path, remark) for remark in work.remarks if remark.kind == "missed"]
             continue
-        install(module, compiled)
+        install(module, compiled, seal=not options.methods)
         work.remarks[:0] = part.remarks
-        work.remarks = [replace(remark, where=".".join(filter(None, (path, remark.where)))) for remark in work.remarks]
+        work.remarks = [_within(path, remark) for remark in work.remarks]
         parts.works[module] = work
         parts.remarks.append(Remark("capture", "Inside", path, "compiled by itself: Python that stays calls it"))
     return parts
@@ -464,9 +472,12 @@ def _why_untraced(captured: capturing.Capture) -> str | None:
 class _Reference:
     """What the model itself returns on the example inputs, for the result to be compared with."""
 
-    def __init__(self, model: nn.Module, captured: capturing.Capture, given: bool, verify: bool) -> None:
+    def __init__(
+        self, model: nn.Module, captured: capturing.Capture, given: bool, verify: bool, methods: Sequence[str] = ()
+    ) -> None:
         self.remarks: list[Remark] = []
         self.model, self.call, self.given = model, captured.call, given
+        self.method = methods[0] if methods else "forward"
         self.verify = verify and captured.call is not None
         self.expected = captured.output
         self.multiply_adds: int | None = None
@@ -474,10 +485,14 @@ class _Reference:
         self.writes = not captured.traced or any(is_opaque(node, captured.modules) for node in captured.graph.nodes)
         if self.call is None:
             return
-        model = capturing.in_eval_mode(model)
+        if captured.draws and self.verify:
+            self.remarks.append(Remark("capture", "Verify", "", "it draws random numbers; not compared"))
+            self.verify = False
+        # A copy: others may be using the model meanwhile.
+        model = capturing.private_copy(model)
         if self.verify:
             with capturing.unchanged(model, writes=self.writes):
-                again = run(model, *self.call)
+                again = run(self._called(model), *self.call)
             try:
                 compare(self.expected, again)
             except VerificationError:
@@ -485,14 +500,18 @@ class _Reference:
                 self.verify = False
         if given:
             with capturing.unchanged(model, writes=self.writes):
-                self.multiply_adds = measure.multiply_adds_of(_Frozen(model), *self.call)
+                self.multiply_adds = measure.multiply_adds_of(_Frozen(self._called(model)), *self.call)
+
+    def _called(self, model: nn.Module) -> nn.Module:
+        """A model as what the compared method of it computes."""
+        return model if self.method == "forward" else _Method(model, self.method)
 
     def compare(self, compiled: nn.Module) -> Comparison | None:
         """Compare the result with the model; raises VerificationError when they disagree."""
         if self.call is None or not self.verify:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
-            actual = run(compiled, *self.call)
+            actual = run(self._called(compiled), *self.call)
         try:
             return compare(self.expected, actual)
         except VerificationError as error:
@@ -508,7 +527,7 @@ class _Reference:
         assert self.call is not None
         model, largest = capturing.in_eval_mode(self.model), LargestMagnitude()
         with capturing.unchanged(model, writes=self.writes), largest:
-            run(model, *self.call)
+            run(self._called(model), *self.call)
         try:
             return compare(self.expected, actual, scale=largest.value)
         except VerificationError:
@@ -523,11 +542,15 @@ class _Reference:
         assert self.call is not None
         args, kwargs = _double(self.call)
         try:
-            exact = run(capturing.private_copy(self.model).double(), args, kwargs)
-            result = run(capturing.private_copy(compiled).double(), args, kwargs)
+            exact = run(self._called(capturing.private_copy(self.model).double()), args, kwargs)
+            result = run(self._called(capturing.private_copy(compiled).double()), args, kwargs)
             tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
             anything = float("inf")
             rounding = compare(exact, _double(self.expected), anything).largest_error
+            # A model of float64 says how much it amplifies rounding when its inputs are rounded otherwise.
+            nudged = torch.utils._pytree.tree_map_only(Tensor, _nudged, (args, kwargs))
+            amplified = run(self._called(capturing.private_copy(self.model).double()), *nudged)
+            rounding = max(rounding, compare(exact, amplified, anything).largest_error)
             if compare(exact, _double(actual), anything).largest_error <= _ROUNDINGS * rounding <= 1.0:
                 tolerance = max(tolerance, _ROUNDINGS * rounding)
             return compare(exact, result, tolerance)
@@ -539,7 +562,7 @@ class _Reference:
         if self.multiply_adds is None or self.call is None:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
-            return measure.multiply_adds_of(_Frozen(compiled), *self.call)
+            return measure.multiply_adds_of(_Frozen(self._called(compiled)), *self.call)
 
 
 # How much farther than its own rounding a result may be from a model.
@@ -552,6 +575,23 @@ def _double(value: Any) -> Any:
 
 def _tensors_of(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _nudged(x: Tensor) -> Tensor:
+    """A tensor whose numbers are rounded otherwise."""
+    return x * (1 + torch.finfo(x.dtype).eps) if x.is_floating_point() else x
+
+
+class _Method(nn.Module):
+    """A model whose forward is another of its methods."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method returns."""
+        return getattr(self.model, self.name)(*args, **kwargs)
 
 
 class _Frozen(nn.Module):

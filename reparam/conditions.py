@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def check_call(arguments: Sequence[Argument], args: tuple[Any, ...], kwargs: Map
     Raises:
         ConditionError: It is not.
     """
-    position = 0
+    position, given = 0, {}
     for argument in arguments:
         if argument.name.startswith("**"):
             value: Any = {key: kwargs[key] for key in kwargs if all(key != other.name for other in arguments)}
@@ -72,15 +73,27 @@ def check_call(arguments: Sequence[Argument], args: tuple[Any, ...], kwargs: Map
         else:
             continue  # Python says so itself
         position += 1
+        given[argument.name] = value
+        if argument.kind[0] == "same" and given.get(argument.kind[1]) is not value:
+            raise ConditionError(
+                f"this was compiled for {argument.name} as the same tensor as {argument.kind[1]}; {_ADVICE}"
+            )
         if not _is_of_kind(value, argument.kind):
             raise ConditionError(
-                f"this was compiled for {argument.name} as {_words(argument.kind)}, not {_words(kind_of(value))}; {_ADVICE}"
+                f"this was compiled for {argument.name} as {_words(argument.kind)}, not {_words(kind_of(value, True))}; {_ADVICE}"
             )
 
 
 def select(condition: Any, yes: Any, no: Any) -> Any:
     """One of two numbers."""
     return yes if condition else no
+
+
+# What is compared as a whole.
+_ATOMS = (
+    bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, slice, range, frozenset, set, type,
+)  # fmt: skip
 
 
 def kind_of(value: Any, within: bool = False) -> tuple[Any, ...]:
@@ -92,10 +105,12 @@ def kind_of(value: Any, within: bool = False) -> tuple[Any, ...]:
     if isinstance(value, (tuple, list)):
         return "sequence", *(kind_of(item, True) for item in value)
     if type(value) in (int, float) and not within:
-        return ("number",)
-    if isinstance(value, (bool, int, float, str, type(None))):
+        return "number", type(value).__name__
+    if isinstance(value, _ATOMS) or callable(value):
         return "constant", value
-    return ("object",)
+    cls = f"{type(value).__module__}.{type(value).__qualname__}"
+    attributes = vars(value).items() if hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module) else ()
+    return "object", cls, *((key, kind_of(item, True)) for key, item in attributes if not key.startswith("_"))
 
 
 def _is_of_kind(value: Any, kind: tuple[Any, ...]) -> bool:
@@ -108,14 +123,21 @@ def _is_of_kind(value: Any, kind: tuple[Any, ...]) -> bool:
             )
         case "constant", wanted:
             return value is wanted or (type(value) is type(wanted) and bool(value == wanted))
-        case "number",:
-            return type(value) in (int, float) or isinstance(value, (torch.SymInt, torch.SymFloat))
+        case "number", "int":
+            return type(value) is int or isinstance(value, torch.SymInt)
+        case "number", _:
+            return type(value) in (int, float) or isinstance(value, torch.SymFloat)
         case "sequence", *kinds:
             alike = isinstance(value, (tuple, list)) and len(value) == len(kinds)
             return alike and all(map(_is_of_kind, value, kinds))
         case "dict", *entries:
-            alike = isinstance(value, Mapping) and len(value) == len(entries)
-            return alike and all(key in value and _is_of_kind(value[key], kind) for key, kind in entries)
+            # What goes through a dict meets its entries in order.
+            alike = isinstance(value, Mapping) and [*value] == [key for key, _ in entries]
+            return alike and all(_is_of_kind(value[key], kind) for key, kind in entries)
+        case "object", _, *entries:
+            return kind_of(value)[:2] == kind[:2] and all(
+                hasattr(value, key) and _is_of_kind(getattr(value, key), kind) for key, kind in entries
+            )
     return True
 
 
@@ -125,10 +147,12 @@ def _words(kind: tuple[Any, ...]) -> str:
             return f"a tensor of {numbers} numbers with {rank} axes"
         case "constant", value:
             return repr(value)
-        case "number",:
-            return "a number"
+        case "number", cls:
+            return f"an {cls}" if cls == "int" else f"a {cls}"
+        case "object", cls, *_:
+            return f"a {cls}"
         case "sequence", *kinds:
             return f"a sequence of {len(kinds)}: {', '.join(map(_words, kinds))}" if kinds else "nothing"
         case "dict", *entries:
-            return f"a dict of {', '.join(repr(key) for key, _ in entries) or 'nothing'}"
+            return f"a dict of {', '.join(f'{key!r}: {_words(kind)}' for key, kind in entries) or 'nothing'}"
     return "an object"

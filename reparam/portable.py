@@ -65,7 +65,7 @@ def describe(model: GraphModule) -> tuple[dict[str, Data], dict[str, Tensor]]:
     nodes = [_describe_node(node) for node in graph.nodes]
     description = {"name": type(model).__name__, "nodes": nodes, "layers": layers, "constants": constants}
     description["arguments"] = [
-        [argument.name, argument.kind, argument.default] for argument in model.meta.get("arguments", ())
+        [argument.name, _as_data(argument.kind), argument.default] for argument in model.meta.get("arguments", ())
     ]
     return description, {name: tensor.detach() for name, tensor in tensors.items()}
 
@@ -101,6 +101,17 @@ def rebuild(description: Mapping[str, Data], tensors: Mapping[str, Tensor]) -> G
             model.get_submodule(owner)._non_persistent_buffers_set.add(name)
     graph.lint()
     return model.eval()
+
+
+def _as_data(kind: Any) -> Any:
+    """What has to stay of an argument, as far as a file can say it."""
+    if isinstance(kind, tuple):
+        return [_as_data(item) for item in kind] if kind[:1] != ("constant",) or _is_data(kind[1]) else ["any"]
+    return kind
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _as_tuple(value: Any) -> Any:

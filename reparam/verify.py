@@ -349,10 +349,22 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
+def clones(value: Any) -> Any:
+    """Arguments on copies of their tensors; what is one tensor twice is one copy twice."""
+    made: dict[int, Tensor] = {}
+
+    def clone(x: Tensor) -> Tensor:
+        if id(x) not in made:
+            made[id(x)] = x.clone()
+        return made[id(x)]
+
+    return torch.utils._pytree.tree_map_only(Tensor, clone, value)
+
+
 def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a model returns in eval mode, on copies of the arguments; its own modes are put back."""
     modes = {module: module.training for module in model.modules()}
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
+    args, kwargs = clones((tuple(args), dict(kwargs)))
     try:
         for module in modes:
             module.training = False
@@ -411,6 +423,10 @@ def _plain(value: Any) -> Any:
         return items if isinstance(value, list) else tuple(items)
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if callable(value) and not isinstance(value, nn.Module):
+        return getattr(value, "__qualname__", type(value).__qualname__)  # two copies of a function are equal
+    if hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type)):
+        return {name: _plain(item) for name, item in vars(value).items()}
     return value
 
 

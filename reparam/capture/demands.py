@@ -7,6 +7,7 @@ number that goes into the text of a message, a warning or an error decides nothi
 from __future__ import annotations
 
 import dis
+import itertools
 import sys
 from functools import cache
 from types import CodeType, FrameType
@@ -28,6 +29,27 @@ def is_said() -> bool:
     """Whether the innermost frame of a model's own code makes a text of a number that goes into a mere message."""
     frame = _frame()
     return frame is not None and _is_message(frame.f_code, frame.f_lasti)
+
+
+def is_guarded() -> bool:
+    """Whether the innermost frame of a model's own code would catch an error of what it is about to call."""
+    frame = _frame()
+    return frame is not None and bool(getattr(frame.f_code, "co_exceptiontable", b"")) and _catches(frame.f_code, frame.f_lasti)
+
+
+@cache
+def _catches(code: CodeType, offset: int) -> bool:
+    """Whether an instruction lies in a ``try`` with a handler that does more than clean up."""
+    steps, places = _steps(code)
+    parse = getattr(dis, "_parse_exception_table", lambda code: [])
+    for entry in parse(code):
+        if entry.start <= offset < entry.end:
+            handler = itertools.takewhile(lambda step: step.opname != "RERAISE", steps[places.get(entry.target, 0) :])
+            if any(step.opname in ("CHECK_EXC_MATCH", "POP_EXCEPT") for step in handler):
+                names = [step.opname for step in steps[places.get(entry.target, 0) :][:3]]
+                if "WITH_EXCEPT_START" not in names:
+                    return True
+    return False
 
 
 def _frame() -> FrameType | None:
@@ -82,14 +104,28 @@ def _always_raises(code: CodeType, start: int) -> bool:
 
 @cache
 def _is_message(code: CodeType, offset: int) -> bool:
-    """Whether what an instruction makes ends in a call whose result is thrown away, or in an error."""
+    """Whether the text that an instruction makes ends in a call whose result is thrown away, or in an error."""
     steps, places = _steps(code)
-    for step in steps[places.get(offset, len(steps)) :][:80]:
-        if step.opname in (*_ENDS, "POP_TOP"):
+    height = place = 1  # of Python's stack, and where on it the text is, or what was made of it
+    for step in steps[places.get(offset, len(steps)) + 1 :][:200]:
+        if step.opname in _ENDS:
             return True
-        if "JUMP" in step.opname or step.opname.startswith(_KEEPS):
+        if "JUMP" in step.opname:
             return False
+        effect = dis.stack_effect(step.opcode, step.arg)
+        taken = _TAKEN.get(step.opname, max(0, -effect + 1) if effect < 0 else 0)
+        if height - taken < place:
+            if step.opname == "POP_TOP":
+                return True
+            if step.opname.startswith(_KEEPS):
+                return False
+            place = height + effect
+        height += effect
     return False
+
+
+# How many values an instruction takes off the stack, where its effect does not show that.
+_TAKEN = {"POP_TOP": 1, "RETURN_VALUE": 1, "BINARY_SUBSCR": 2, "COMPARE_OP": 2, "CONTAINS_OP": 2, "STORE_SUBSCR": 3}
 
 
 def _branches(step: dis.Instruction) -> bool:

@@ -42,6 +42,8 @@ def guesses(model: nn.Module) -> Iterator[Tensor]:
     shapes = dict.fromkeys(_shapes(model, inputs_of(model)))
     known = _shape_known(model)
     shapes = {known: None} | shapes if known is not None else shapes
+    rank = _rank_known(model)
+    shapes = {shape: None for shape in shapes if rank is None or len(shape) == rank}
     for shape in itertools.islice(shapes, _MOST):
         generator = torch.Generator().manual_seed(0)
         yield torch.randn(shape, generator=generator, dtype=torch.complex128 if like.is_complex() else torch.float64).to(like.device, like.dtype)
@@ -49,8 +51,9 @@ def guesses(model: nn.Module) -> Iterator[Tensor]:
 
 def _shapes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[int, ...]]:
     first = _first_read(model, len(names))
-    wanted = [first] if first is not None else []
-    wanted += list(dict.fromkeys(_wanted(model)))[:6] or [(2, 3), (0, 3)]
+    wanted = list(dict.fromkeys(_wanted(model)))[:6] or [(2, 3), (0, 3)]
+    if first is not None:
+        wanted = [first, *(other for other in wanted if other[0] == first[0])]
     for axes, channels in dict.fromkeys(wanted):
         for sizes in _SIZES[max(axes, -1)]:
             yield (2, channels, *sizes) if axes >= 0 else (2, *sizes, channels)
@@ -62,6 +65,13 @@ def _shape_known(model: nn.Module) -> tuple[int, ...] | None:
     values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"] if graph is not None else []
     shape = values[0].shape if len(values) == 1 and isinstance(values[0], Tensor) else None
     return None if shape is None else tuple(size if isinstance(size, int) else size.node.hint for size in shape)
+
+
+def _rank_known(model: nn.Module) -> int | None:
+    """Axes of the input that a model was compiled for before."""
+    arguments = getattr(model, "meta", {}).get("arguments", ()) if isinstance(model, torch.fx.GraphModule) else ()
+    ranks = {argument.kind[1] for argument in arguments if argument.kind[0] == "tensor"}
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 class _FoundError(Exception):

@@ -40,6 +40,7 @@ def read(program: ExportedProgram, call: Call | None = None) -> tuple[nn.Module,
         raise CaptureError(f"the exported program cannot be compiled: {error}") from error
     if not captured.traced:
         reason = captured.remarks[-1].message.removeprefix("kept as Python: ")
-        advice = ", as models in training do; export it in eval mode" if "writes to its own" in reason else ""
-        raise CaptureError(f"the exported program cannot be compiled: {reason}{advice}")
+        if "writes to its own tensors" in reason:
+            reason = "it writes to its own tensors, as models in training do; export it in eval mode"
+        raise CaptureError(f"the exported program cannot be compiled: {reason}")
     return module, captured

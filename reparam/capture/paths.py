@@ -76,13 +76,15 @@ class Tree:
         branches: What follows each outcome.
     """
 
-    def __init__(self, path: Path, depth: int = 0) -> None:
+    def __init__(self, path: Path, depth: int = 0, places: dict[Node, int] | None = None) -> None:
+        self.places: dict[Node, int] = {} if places is None else places
+        self.places.update({node: index for index, node in enumerate(path.nodes)})
         self.path: Path | None = path if depth == len(path.decisions) else None
         self.decision: Number | None = None
         self.branches: dict[bool, Tree] = {}
         if self.path is None:
             self.decision, outcome = path.decisions[depth]
-            self.branches[outcome] = Tree(path, depth + 1)
+            self.branches[outcome] = Tree(path, depth + 1, self.places)
 
     def add(self, path: Path, depth: int = 0) -> bool:
         """Add a way; whether it was new."""
@@ -91,12 +93,21 @@ class Tree:
                 raise DifferError("decisions follow each other in different orders")
             return False
         decision, outcome = path.decisions[depth]
-        if str(decision) != str(self.decision):
+        self.places.update({node: index for index, node in enumerate(path.nodes)})
+        if self.text(decision) != self.text(self.decision):
             raise DifferError("what is decided depends on more than sizes")
         if outcome in self.branches:
             return self.branches[outcome].add(path, depth + 1)
-        self.branches[outcome] = Tree(path, depth + 1)
+        self.branches[outcome] = Tree(path, depth + 1, self.places)
         return True
+
+    def text(self, value: Any) -> Any:
+        """What a number is computed from, the same for all ways: nodes by where they stand in them."""
+        if isinstance(value, Node):
+            return self.places[value]
+        if not isinstance(value, Number):
+            return value
+        return value.function, *map(self.text, value.operands)
 
     def paths(self) -> Iterator[Path]:
         """All ways."""
@@ -114,16 +125,12 @@ class Tree:
         if self.path is not None:
             return values[id(self.path)]
         yes, no = (self.branches[outcome].choose(values) for outcome in (True, False))
-        if _text(yes) == _text(no):
+        if self.text(yes) == self.text(no):
             return yes
         assert self.decision is not None
         hint = (yes if self.decision.hint else no)
         hint = hint.hint if isinstance(hint, Number) else hint
         return Number(self.decision.recorder, select, (self.decision, yes, no), hint)
-
-
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, Number) else value
 
 
 def merged(tree: Tree, base: Path) -> dict[Node, tuple[Any, Any]]:
@@ -173,12 +180,10 @@ def _merge(tree: Tree, base: Path, paths: list[Path], values: list[Any], own: An
         ]
         return slice(*bounds)
     if isinstance(own, Node):
-        index = base.nodes.index(own)
-        if any(not isinstance(v, Node) or p.nodes.index(v) != index for p, v in zip(paths, plain, strict=True)):
+        if any(not isinstance(value, Node) or tree.places[value] != tree.places[own] for value in plain):
             raise DifferError("other operands")
         return own
-    texts = {_text(value) for value in plain}
-    if len(texts) == 1:
+    if all(tree.text(value) == tree.text(own) for value in plain):
         return own
     if not all(isinstance(value, (int, float, Number)) for value in plain):
         raise DifferError("other settings")

@@ -36,6 +36,7 @@ class Capture:
         storages: Identities of the memory that its tensors, and the model's, lie in.
         remarks: Which modules were left opaque, and why; what the graph depends on.
         traced: Whether there is a graph.
+        draws: Whether it drew random numbers.
         call: The call that was recorded, None where there was none.
         output: What the model returned.
         outputs: What its methods returned, where the root stays Python.
@@ -49,6 +50,7 @@ class Capture:
     storages: frozenset[int]
     remarks: list[Remark] = field(default_factory=list)
     traced: bool = True
+    draws: bool = False
     call: Call | None = None
     output: Any = None
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -208,7 +210,7 @@ def _captured(recorded: Recorded, storages: frozenset[int]) -> Capture:
     graph._tracer_cls = None
     facts.settle_inputs(graph.nodes, recorded.modules)
     return Capture(
-        recorded.root, graph, recorded.modules, storages, recorded.remarks, recorded.graph is not None,
+        recorded.root, graph, recorded.modules, storages, recorded.remarks, recorded.graph is not None, recorded.draws,
         recorded.call, recorded.output, recorded.outputs, {
             path: _captured(part, storages)
             for path, part in recorded.parts.items() if part.graph is not None and part.alike

@@ -31,15 +31,16 @@ from torch.utils.weak import TensorWeakRef
 from reparam import aliasing, facts, views
 from reparam.capture import aten
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
-from reparam.capture.demands import is_demanded
+from reparam.capture.demands import is_demanded, is_guarded
 from reparam.outputs import Rebuild, is_plain
 from reparam.capture.paths import DifferError, Path, Tree, merged, other_calls
 from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_always, symbolic, words
-from reparam.capture.state import State, UnrecordableError, Writes, may_write, written_by
+from reparam.capture.state import State, UnrecordableError, Writes, may_write, same_items, written_by
 from reparam.conditions import Argument, assertion, kind_of
 from reparam.errors import first_line
 from reparam.leaves import carries_hooks, is_leaf
 from reparam.report import Remark
+from reparam.verify import clones
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -78,6 +79,7 @@ class Recorded:
         numbers: How the nodes that are numbers are computed.
         shapes: Of the values of nodes that are tensors.
         by_size: Whether something was decided by sizes, or would have been.
+        draws: Whether it drew random numbers.
         arguments: What has to stay the same of a call.
     """
 
@@ -92,12 +94,13 @@ class Recorded:
     alike: bool = True
     made: dict[str, Any] = field(default_factory=dict)
     by_size: bool = False
+    draws: bool = False
     numbers: dict[Node, Number] = field(default_factory=dict)
     shapes: dict[Node, Any] = field(default_factory=dict)
     arguments: tuple[Argument, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Frame:
     """A module that is being recorded."""
 
@@ -470,6 +473,7 @@ class _Net(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         session, kwargs = self.session, kwargs or {}
         tape = session.tape
+        session.draws = session.draws or torch.Tag.nondeterministic_seeded in func.tags
         if tape is None or session.paused:
             if may_write(func):
                 session.writes_of_python.note(func, args, kwargs)
@@ -515,14 +519,17 @@ class Session(TorchFunctionMode):
         self.made: dict[int, tuple[TensorWeakRef, _Tape | None]] = {}
         self.inside = self.paused = 0
         self.failed: UnrecordableError | None = None
+        self.failed_in: list[_Frame] = []
         self.genuine: BaseException | None = None
         self.by_size = self.shapes_by_value = False
-        self.doubtful: list[tuple[nn.Module, str, Tensor]] = []
+        self.doubtful: list[tuple[nn.Module, str, Any]] = []
         self.collecting: list[list[tuple[Number, bool]]] = []
         self.refused_size = False
+        self.holders: dict[int, set[nn.Module]] = {}
         self.running: list[nn.Module] = []  # modules that run as Python
         self.read: set[nn.Module] = set()
-        self.wrote = False
+        self.wrote = self.draws = False
+        self.given_constants: dict[int, list[Tensor]] = {}
         self.snapshots: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -545,13 +552,17 @@ class Session(TorchFunctionMode):
             self.doubtful, self.running, self.read = [], [], set()
             with self._intercepting():
                 self.state = State(self.modules)
+                self.holders = {}
+                for module, contents in self.state.contents.items():
+                    for name in contents:
+                        self.holders.setdefault(id(module.__dict__[name]), set()).add(module)
                 try:
-                    with modes_kept(), torch.no_grad(), self, _Net(self):
+                    with torch.random.fork_rng(devices=()), torch.no_grad(), self, _Net(self):
                         recorded = "" if entries else self._record(self.root, "", _cloned(call), self.root.forward)
                         self._check_constants(call)
                         if isinstance(recorded, str):
                             recorded = self._run_as_python(entries or [("forward", call)], recorded)
-                    recorded.by_size = self.by_size
+                    recorded.by_size, recorded.draws = self.by_size, self.draws
                     if again := self._read_parts(recorded):
                         self.opaque |= again
                         continue
@@ -637,7 +648,7 @@ class Session(TorchFunctionMode):
                     args, kwargs = self._inputs(tape, module, forward, call)
                 recorded.output = forward(*args, **kwargs)
                 with quiet():
-                    self._raise_swallowed()
+                    self._raise_swallowed(frame)
                     self._check_state(module)
                     self._type_conditions(tape, frame)
                     self._output(tape, recorded.output)
@@ -695,11 +706,14 @@ class Session(TorchFunctionMode):
             default = parameter.default if _is_printable(parameter.default) else None
             value = bound.get(name, {"*": (), "**": {}}.get(stars, default))
             # What Python took from its signature is no number of the graph.
-            kind = kind_of(value) if name in bound or kind_of(value) != ("number",) else ("constant", value)
+            same = next((other for other in tape.arguments if bound.get(other.name) is value), None)
+            kind = kind_of(value, within=name not in bound)
             node = tape.node("placeholder", stars + name, (default,) if has_default else ())
+            if same is not None and isinstance(value, Tensor):
+                kind = "same", same.name
             tape.arguments.append(Argument(stars + name, kind, (default,) if has_default else ()))
             tape.note(node, value)
-            if name in bound and kind == ("number",):
+            if kind[0] == "number":
                 bound[name] = symbolic(Number(self, None, (node,), value))
             self._open(tape, node, value)
         tape.valueless.difference_update(tape.graph.nodes)
@@ -797,7 +811,7 @@ class Session(TorchFunctionMode):
         try:
             result = module._call_impl(*args, **kwargs)
             with quiet():
-                self._raise_swallowed()
+                self._raise_swallowed(frame)
                 self._check_state(module)
                 self._type_conditions(tape, frame)
         except (_RestartError, KeyboardInterrupt):
@@ -839,16 +853,18 @@ class Session(TorchFunctionMode):
         for other in others:
             if not tree.is_complete():
                 try:
-                    tree.add(self._way(module, path, other)[1])
-                except (RuntimeError, ValueError, TypeError, IndexError):  # it takes no such images
+                    way = self._way(module, path, other)[1]
+                except Exception:  # it takes no such images
                     continue
+                tree.add(way)
         if not tree.is_complete():
             raise DifferError("not all ways were seen")
-        arguments = merged(tree, base)
+        with quiet(), self._unrecorded():
+            arguments = merged(tree, base)
         frame = tape.push(path, module, ())
         try:
             with quiet():
-                result = self._inlined(tape, path, (args, kwargs), recorded, base, arguments)
+                result = self._inlined(tape, path, (args, kwargs), recorded, base, arguments, tree.places)
         except (DifferError, UnrecordableError) as error:
             self.failed = None
             tape.roll_back(frame)
@@ -885,7 +901,14 @@ class Session(TorchFunctionMode):
             self.inside -= 1
 
     def _inlined(
-        self, tape: _Tape, path: str, call: Call, recorded: Recorded, base: Path, arguments: Mapping[Node, Any]
+        self,
+        tape: _Tape,
+        path: str,
+        call: Call,
+        recorded: Recorded,
+        base: Path,
+        arguments: Mapping[Node, Any],
+        places: Mapping[Node, int],
     ) -> Any:
         """Put the graph of a module in the place of its call."""
         module, (args, kwargs) = recorded.root, call
@@ -895,7 +918,7 @@ class Session(TorchFunctionMode):
         def number(value: Number) -> Any:
             operands = tuple(number(item) if isinstance(item, Number) else item for item in value.operands)
             if value.function == "size" or value.function is None:
-                node = base.nodes[places[operands[0].name]]
+                node = base.nodes[places[operands[0]]]
                 if value.function is None:
                     return bound[str(node.target)]
                 operands = made[node], *operands[1:]
@@ -907,7 +930,6 @@ class Session(TorchFunctionMode):
                 return tape.number(value) if isinstance(value, Number) else tape.argument(value)
             return made[value] if isinstance(value, Node) else value
 
-        places = {node.name: index for index, node in enumerate(base.nodes)}
         for node in base.nodes:
             given = arguments[node]
             match node.op:
@@ -1045,6 +1067,11 @@ class Session(TorchFunctionMode):
                 known.alike = known.alike and alike
         if known is not None:
             return self._as_python(module, args, kwargs)
+        with quiet():
+            obstacle = self._obstacle(module)
+        if obstacle is not None:
+            self.opaque[module] = obstacle
+            return self._part(tape, module, args, kwargs)
         recorded = self._record(module, path, (args, kwargs), module.forward, is_part=True)
         if not isinstance(recorded, str) and (reason := _shares_memory(recorded)) is not None:
             self.opaque[module] = reason
@@ -1056,6 +1083,19 @@ class Session(TorchFunctionMode):
             return self._as_python(module, args, kwargs)
         parts[path] = recorded
         return recorded.output
+
+    def _obstacle(self, module: nn.Module) -> str | None:
+        """Why a part may not be taken for what it computes by itself: the Python around it has a say in that."""
+        inner = set(module.modules())
+        for part in inner:
+            for name, value in self.state.attributes[part].items():
+                held = part.__dict__.get(name)
+                if held is not value and (type(held) is not type(value) or isinstance(held, (Tensor, nn.Module)) or held != value):
+                    return f"the Python around it sets its {name}"
+            for name in self.state.contents[part]:
+                if name not in ("_modules", "_parameters", "_buffers") and not self.holders[id(part.__dict__[name])] <= inner:
+                    return f"it shares its {name} with the Python around it"
+        return None
 
     # Calls of torch.
 
@@ -1088,7 +1128,7 @@ class Session(TorchFunctionMode):
     def _constant_call(self, tape: _Tape, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on constants alone: computed once, now, unless it draws random numbers."""
         name = aten.name_of(func) if isinstance(func, OpOverload) else getattr(func, "__name__", "")
-        if name not in facts.RANDOM or args[:1] and isinstance(args[0], Tensor) and storage_of(args[0]) in self.storages:
+        if name not in facts.RANDOM or name.endswith("_") and isinstance(args[0], Tensor) and storage_of(args[0]) in self.storages:
             return func(*args, **kwargs)
         result = self._run(func, args, kwargs)
         op, target, args, kwargs = said(func, name, args, kwargs)
@@ -1151,6 +1191,8 @@ class Session(TorchFunctionMode):
                 return func(hinted(args[0]), *args[1:], **kwargs)
         if aten.is_check(func):
             return self._run(func, args, kwargs)
+        if self.free and is_guarded():
+            self.refuse("it would catch an error of what it calls, which may depend on its input")
         self.shapes_by_value = False
         result = self._run(func, args, kwargs)
         found = [leaf for leaf in leaves(result)]
@@ -1198,7 +1240,7 @@ class Session(TorchFunctionMode):
                 number = -(-size // -(-size // sections))
                 # As many as were asked for, as there are of every size from n (n - 1) on: what unpacking them takes.
                 asked = Number(self, operator.ge, (size.node, sections * (sections - 1)), True)
-                if len(result) == sections and size.node.hint >= sections * (sections - 1):
+                if len(result) == sections <= 2 and size.node.hint >= sections * (sections - 1):
                     self.decide(asked, True, small=True)
                     return result
         return _Parts(result, self, number)
@@ -1206,14 +1248,25 @@ class Session(TorchFunctionMode):
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function that is written down, with numbers in the place of symbolic ones."""
         self.snapshots, self.wrote = {}, False
+        self.given_constants = self._constants_among(args, kwargs)
         self.inside += 1
         try:
             return function(*mapped(args, hinted), **mapped(kwargs, hinted))
         except Exception as error:
             self.failed = UnrecordableError(f"it catches an error that may depend on its input: {first_line(error)}")
+            self.failed_in = self.tape.frames[-1:] if self.tape else []
             raise
         finally:
             self.inside -= 1
+
+    def _constants_among(self, args: Any, kwargs: Any) -> dict[int, list[Tensor]]:
+        """The arguments that are constants, by the memory that they lie in."""
+        assert self.tape is not None
+        found: dict[int, list[Tensor]] = {}
+        for leaf in leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and self.tape.find(leaf) is None:
+                found.setdefault(storage_of(leaf), []).append(leaf)
+        return found
 
     def _written(self, tape: _Tape, args: Any, kwargs: Any, given: Any) -> Any:
         """The arguments, where a constant that the call wrote to is a copy of what it was before, made at every call."""
@@ -1240,7 +1293,8 @@ class Session(TorchFunctionMode):
         if not self.inside:
             return  # one constant to another
         if tape.find(tensor) is None and not born:
-            self.snapshots.setdefault(id(tensor), (tensor, tensor.detach().clone()))
+            for constant in self.given_constants.get(storage, ()):
+                self.snapshots.setdefault(id(constant), (constant, constant.detach().clone()))
             return
         for frame in tape.frames:
             frame.oldest_write = min(frame.oldest_write, born)
@@ -1255,9 +1309,12 @@ class Session(TorchFunctionMode):
         if any(condition[:2] == (number.key, outcome) for condition in tape.conditions):
             return
         said = words(number, outcome)
-        if is_always(number, outcome):
+        if is_always(number, outcome, 0):
             return
         sources = list(number.sources())
+        if is_always(number, outcome, 1):
+            number, outcome, small = Number(self, operator.ge, (sources[0], 1), True), True, True
+            said = words(number, outcome)
         if any(isinstance(s.operands[0], Node) and s.operands[0] in tape.uncertain for s in sources):
             self.refuse("it decides by how many values there are of some kind")
         demanded = demanded or is_demanded()
@@ -1292,11 +1349,16 @@ class Session(TorchFunctionMode):
     def _check_state(self, module: nn.Module) -> None:
         """Refuse what a module comes to hold; what seems to come from constants alone is looked at again later."""
         self.state.check(module, self.remembers)
+        for name, old in self.state.contents[module].items():
+            if name not in ("_modules", "_parameters", "_buffers") and not same_items(old, module.__dict__[name]):
+                self.doubtful.append((module, name, copy.copy(module.__dict__[name])))
         for values, old in ((module.__dict__, self.state.attributes), (module._buffers, None)):
             before = old[module] if old is not None else self.state.contents[module].get("_buffers", {})
             for name, value in before.items():
                 if isinstance(value, Tensor) and isinstance(new := values.get(name), Tensor) and new is not value:
-                    self.doubtful.append((module, name, new.detach().clone()))
+                    if self.tape is not None and self.tape.find(new) is None:  # else it is made anew in the graph
+                        with self._unrecorded():
+                            self.doubtful.append((module, name, new.detach().clone()))
 
     def remembers(self, value: Any) -> bool | None:
         """Whether a value holds something of the call: True for values, False for what sizes and constants give."""
@@ -1325,12 +1387,12 @@ class Session(TorchFunctionMode):
 
     def refuse(self, reason: str) -> Any:
         """Raise what makes the innermost module opaque."""
-        self.failed = UnrecordableError(reason)
+        self.failed, self.failed_in = UnrecordableError(reason), self.tape.frames[-1:] if self.tape else []
         raise self.failed
 
-    def _raise_swallowed(self) -> None:
+    def _raise_swallowed(self, frame: _Frame) -> None:
         """Models may catch everything that is raised in them."""
-        if self.failed is not None:
+        if self.failed is not None and self.failed_in == [frame]:
             raise self.failed
 
 
@@ -1383,28 +1445,13 @@ def _plain_numbers(value: Any) -> Any:
     return Rebuild.of(value, OURS)(*map(hinted, slots))  # type: ignore[operator]
 
 
-@contextmanager
-def modes_kept() -> Iterator[None]:
-    """Leave torch's stacks of modes, and whether gradients are recorded, as they were: also after an interrupt."""
-    stacks = (
-        (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
-        (torch._C._len_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack),
-    )
-    lengths, grad = [length() for length, _ in stacks], torch.is_grad_enabled()
-    try:
-        yield
-    finally:
-        for (length, pop), before in zip(stacks, lengths, strict=True):
-            while length() > before:
-                pop()
-        torch._C._set_grad_enabled(grad)
-
-
 def _held(module: nn.Module, name: str) -> Any:
     return module._buffers[name] if name in module._buffers else module.__dict__.get(name)
 
 
-def _is_same_tensor(a: Tensor, b: Any) -> bool:
+def _is_same_tensor(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return len(a) == len(b)
     return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
 
 
@@ -1414,7 +1461,7 @@ def _is_printable(value: Any) -> bool:
 
 def _cloned(call: Call) -> Call:
     """Arguments on copies of their tensors."""
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, (tuple(call[0]), dict(call[1])))
+    args, kwargs = clones((tuple(call[0]), dict(call[1])))
     return args, kwargs
 
 

@@ -162,8 +162,8 @@ def period(number: Any) -> int | None:
     return None
 
 
-def is_always(number: Number, outcome: bool) -> bool:
-    """Whether a comparison of one size comes out alike for every size of at least one.
+def is_always(number: Number, outcome: bool, first: int) -> bool:
+    """Whether a comparison of one size comes out alike for every size of at least ``first``.
 
     Both sides are linear but for parts of a period P, so their difference grows by the same over every period: sizes of
     one period, and the sign of that growth, say it for all.
@@ -171,12 +171,14 @@ def is_always(number: Number, outcome: bool) -> bool:
     sources = {source.key for source in number.sources()}
     if number.function not in NEGATED or len(number.operands) != 2 or len(sources) != 1:
         return False
+    if any(source.function != "size" for source in number.sources()):
+        return False
     periods = [period(item) for item in number.operands]
     length = None if None in periods else math.lcm(*periods)  # type: ignore[arg-type]
     if length is None or length > _MOST:
         return False
     (key,), (a, b) = sources, number.operands
-    differences = [evaluate(a, {key: s}) - evaluate(b, {key: s}) for s in (*range(1, length + 1), length + 1)]
+    differences = [evaluate(a, {key: s}) - evaluate(b, {key: s}) for s in range(first, first + length + 1)]
     if any(bool(number.function(d, 0)) is not outcome for d in differences):
         return False
     growth = differences[-1] - differences[0]
@@ -188,6 +190,8 @@ def is_always(number: Number, outcome: bool) -> bool:
 
 
 def _name(value: Node) -> str:
+    if value.op == "call_module":
+        return f"what {value.target} returns"
     return str(value.target) if value.op == "placeholder" else value.name
 
 

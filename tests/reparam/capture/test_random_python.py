@@ -1,7 +1,4 @@
-"""Random modules with Python in them, compiled: they compute what they computed, at other sizes, too.
-
-What they found is kept below by name, as the source that Hypothesis shrank it to.
-"""
+"""Random modules with Python in them, compiled: they compute what they computed, at other sizes, too."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ import reparam
 from reparam.errors import ConditionError
 
 # ``REPARAM_FUZZ=5000 pytest tests/reparam/capture/test_random_python.py`` is a long run.
-NETWORKS = int(os.environ.get("REPARAM_FUZZ", "200"))
+NETWORKS = int(os.environ.get("REPARAM_FUZZ", "100"))
 
 # Batch, height and width; a model is compiled on the first.
 SHAPES = ((2, 9, 12), (1, 8, 8), (1, 9, 12), (2, 8, 8), (3, 12, 9), (2, 11, 15))
@@ -91,11 +88,10 @@ def check(source: str, sizes: str = "any", with_example: bool = True, shapes: Se
 MODES = [("any", True), ("any", False), ("example", True), ("example", False)]
 
 
-@pytest.mark.parametrize("sizes", ["any", "example"])
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_a_statement(statement: str, sizes: str) -> None:
-    check(module_of(statement), sizes)
-    check(module_of(statement, inside=True), sizes)
+def test_a_statement(statement: str) -> None:
+    check(module_of(statement), "example")
+    check(module_of(statement, inside=True))
 
 
 @pytest.mark.parametrize("takes", FORWARDS)
