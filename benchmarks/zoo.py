@@ -278,7 +278,9 @@ def examine(row: Row) -> None:
     row.ours, _ = outcome(compiled, images, expected)
     if not row.ours.error < WRONG:
         model, images = model.double(), images.double()
-        row.error_in_double = difference(reparam.compile(model, example.double(), sizes="example")(images), model(images))
+        row.error_in_double = difference(
+            reparam.compile(model, example.double(), sizes="example")(images), model(images)
+        )
     report: reparam.Report = compiled.report  # type: ignore[assignment]
     row.counts = {name: [getattr(c, name) for c in (report.before, report.after)] for name in ("norms", "kernels")}
     row.opaque = {remark.where: remark.message for remark in capture_failures(report)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from reparam import capture as capturing
-from reparam.conditions import Argument, check_call, explained
+from reparam.conditions import check_call, explained
 from reparam.outputs import Rebuild
 from reparam.report import Report
 
@@ -210,13 +210,15 @@ class Sealed(dict[str, Any]):
         made: Their names.
     """
 
-    def __init__(self, modules: Mapping[str, Any] = {}, made: frozenset[str] = frozenset()) -> None:  # noqa: B006
+    def __init__(self, modules: Mapping[str, Any] = {}, made: frozenset[str] = frozenset()) -> None:
         super().__init__(modules)
         self.made = made
 
     def __getitem__(self, name: str) -> Any:
         if name in self.made and not _is_asked_by_torch():
-            raise AttributeError(f"{name!r} was fused with others when this was compiled, and is not what it was before")
+            raise AttributeError(
+                f"{name!r} was fused with others when this was compiled, and is not what it was before"
+            )
         return super().__getitem__(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -265,9 +267,13 @@ def with_plain_outputs(model: torch.fx.GraphModule) -> torch.fx.GraphModule:
     values: dict[torch.fx.Node, Any] = {}
     for node in model.graph.nodes:
         if node in rebuilt:
-            values[node] = model.get_submodule(str(node.target)).plain([values[arg] for arg in node.args])
+            rebuild = model.get_submodule(str(node.target))
+            assert isinstance(rebuild, Rebuild)
+            values[node] = rebuild.plain([values[arg] for arg in node.args])
         elif node.op == "output":
-            made = graph.output(values[node.args[0]] if node.args[0] in rebuilt else torch.fx.map_arg(node.args[0], values.get))
+            made = graph.output(
+                values[node.args[0]] if node.args[0] in rebuilt else torch.fx.map_arg(node.args[0], values.get)
+            )
             made.meta = dict(node.meta)
         else:
             values[node] = graph.node_copy(node, values.__getitem__)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,13 +18,13 @@ from reparam import aliasing, emit, facts, measure, views
 from reparam import capture as capturing
 from reparam import probe as probing
 from reparam import rewrite as rewriting
+from reparam.capture import exported
+from reparam.capture.modes import below, modes_kept
 from reparam.compiled import CompiledModel as CompiledModel
 from reparam.compiled import install, keep_attributes
-from reparam.capture import exported
-from reparam.capture.modes import modes_kept
 from reparam.cost import Cost
 from reparam.decisions import Decisions
-from reparam.errors import CaptureError, ReparamError, VerificationError
+from reparam.errors import ReparamError, VerificationError
 from reparam.leaves import is_opaque
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
@@ -63,12 +64,12 @@ def compile(
         sizes: ``any``: the result works at every size that the model works at; a module whose Python takes other ways
             for other sizes stays Python, with its parts compiled. ``example``: everything is one graph, which says for
             which sizes it holds, and checks them at every call.
-        keep_python: Return a copy of the model, of its class, with all its methods, attributes and hooks, in which every
-            part that can be is compiled; of parts in one another, the innermost ones in which nothing is lost.
+        keep_python: Return a copy of the model, of its class, with all its methods, attributes and hooks, in which
+            every part that can be is compiled; of parts in one another, the innermost ones in which nothing is lost.
         methods: With ``keep_python``: what to run, to find the parts. ``example_inputs`` are a dict of each method's
             where there are several.
-        where: What to compile: a predicate of module paths, or patterns of them, such as ``"stages.*"``; a module that is
-            selected is selected with all that is in it. What is outside is left exactly as it is.
+        where: What to compile: a predicate of module paths, or patterns of them, such as ``"stages.*"``, which select a
+            module with all that is in it. What is outside is left exactly as it is.
         passes: Rules to apply; :func:`reparam.passes.default` when left out.
         optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more. ``latency``: what
             that leaves in doubt, and the layout in memory, is timed on this machine with ``example_inputs``, and the
@@ -83,8 +84,8 @@ def compile(
         progress: Called with steps done, steps in all, and the module path at work.
 
     Returns:
-        A module in eval mode, with the same arguments and outputs, whose ``report`` says what was done. Called in another
-        way than the example, it raises a ConditionError.
+        A module in eval mode, with the same arguments and outputs, whose ``report`` says what was done. Called in
+        another way than the example, it raises a ConditionError.
 
     Raises:
         CaptureError: The model cannot be copied, or has parameters without values.
@@ -287,9 +288,10 @@ def _rewritten(
 ) -> tuple[Graph, rewriting.Outcome, list[str]]:
     """A captured graph after rewriting, what was done, and what it launched before."""
     modules = captured.modules
-    for node in captured.graph.nodes if options.where is not None else ():
+    selects = options.where or (lambda path: True)
+    for node in captured.graph.nodes:
         where = str(node.target) if node.op == "call_module" else str(node.meta.get("scope", ""))
-        if node.op.startswith("call") and not options.where(".".join(filter(None, (options.prefix, where)))):
+        if node.op.startswith("call") and not selects(".".join(filter(None, (options.prefix, where)))):
             node.meta["frozen"] = aliasing.OUTSIDE
     aliasing.make_out_of_place(captured.graph, modules)
     # What reads an input after it was changed in place reads the result now.
@@ -526,7 +528,7 @@ class _Reference:
         """The comparison where terms may cancel, so that little but rounding is left; None when there is an error."""
         assert self.call is not None
         model, largest = capturing.in_eval_mode(self.model), LargestMagnitude()
-        with capturing.unchanged(model, writes=self.writes), largest:
+        with capturing.unchanged(model, writes=self.writes), below(largest):
             run(self._called(model), *self.call)
         try:
             return compare(self.expected, actual, scale=largest.value)
@@ -548,11 +550,13 @@ class _Reference:
             anything = float("inf")
             rounding = compare(exact, _double(self.expected), anything).largest_error
             # A model of float64 says how much it amplifies rounding when its inputs are rounded otherwise.
-            nudged = torch.utils._pytree.tree_map_only(Tensor, _nudged, (args, kwargs))
-            amplified = run(self._called(capturing.private_copy(self.model).double()), *nudged)
-            rounding = max(rounding, compare(exact, amplified, anything).largest_error)
-            if compare(exact, _double(actual), anything).largest_error <= _ROUNDINGS * rounding <= 1.0:
-                tolerance = max(tolerance, _ROUNDINGS * rounding)
+            for units in (1, -1, 2):
+                nudged = torch.utils._pytree.tree_map_only(Tensor, partial(_nudged, units), (args, kwargs))
+                amplified = run(self._called(capturing.private_copy(self.model).double()), *nudged)
+                rounding = max(rounding, compare(exact, amplified, anything).largest_error)
+            allowed = min(_ROUNDINGS * rounding, 1.0)
+            if compare(exact, _double(actual), anything).largest_error <= allowed:
+                tolerance = max(tolerance, allowed)
             return compare(exact, result, tolerance)
         except (ReparamError, RuntimeError, TypeError, ValueError):
             return None
@@ -577,9 +581,9 @@ def _tensors_of(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _nudged(x: Tensor) -> Tensor:
-    """A tensor whose numbers are rounded otherwise."""
-    return x * (1 + torch.finfo(x.dtype).eps) if x.is_floating_point() else x
+def _nudged(units: int, x: Tensor) -> Tensor:
+    """A tensor whose numbers are rounded otherwise, by so many units in the last place."""
+    return x * (1 + units * torch.finfo(x.dtype).eps) if x.is_floating_point() else x
 
 
 class _Method(nn.Module):

@@ -79,8 +79,9 @@ def check_call(arguments: Sequence[Argument], args: tuple[Any, ...], kwargs: Map
                 f"this was compiled for {argument.name} as the same tensor as {argument.kind[1]}; {_ADVICE}"
             )
         if not _is_of_kind(value, argument.kind):
+            met = _words(kind_of(value, True))
             raise ConditionError(
-                f"this was compiled for {argument.name} as {_words(argument.kind)}, not {_words(kind_of(value, True))}; {_ADVICE}"
+                f"this was compiled for {argument.name} as {_words(argument.kind)}, not {met}; {_ADVICE}"
             )
 
 

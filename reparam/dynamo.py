@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from reparam import capture as capturing
 from reparam import facts
-from reparam.compiler import compile_captured
 from reparam.capture.folding import fold
+from reparam.compiler import compile_captured
 from reparam.errors import ReparamError
 
 

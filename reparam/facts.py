@@ -30,8 +30,8 @@ FACTORIES = frozenset("arange empty eye full linspace ones rand randn scalar_ten
 
 # What draws random numbers.
 RANDOM = frozenset(
-    """bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal normal_ poisson rand rand_like
-    randint randint_like randn randn_like random_ randperm rrelu uniform_""".split()
+    """bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal normal_ poisson rand
+    rand_like randint randint_like randn randn_like random_ randperm rrelu uniform_""".split()
 )
 
 # torch.nn layers that do not return a single tensor.

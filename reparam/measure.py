@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from reparam import facts
+from reparam.capture.modes import below
 from reparam.emit import Affine
 from reparam.outputs import Rebuild
 from reparam.report import Counts
@@ -132,7 +133,7 @@ def parameters_of(model: nn.Module) -> int:
 def multiply_adds_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Multiply-adds of the convolutions and matrix products in one call."""
     counter = _MultiplyAdds()
-    with counter, torch.no_grad():
+    with below(counter), torch.no_grad():
         model(*args, **kwargs)
     return counter.total
 

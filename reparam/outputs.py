@@ -15,7 +15,9 @@ from reparam.leaves import LIFTERS
 def is_plain(value: Any, symbolic: tuple[type, ...] = ()) -> bool:
     """Whether torch.fx returns a structure as it is: tensors, numbers and texts in tuples, lists and dicts."""
     if type(value) is dict:
-        return all(isinstance(key, str | int) for key in value) and all(is_plain(item, symbolic) for item in value.values())
+        return all(isinstance(key, str | int) for key in value) and all(
+            is_plain(item, symbolic) for item in value.values()
+        )
     if type(value) in (tuple, list):
         return all(is_plain(item, symbolic) for item in value)
     plain = (bool, int, float, str, torch.dtype, torch.device, *symbolic)

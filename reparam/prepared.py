@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Node
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from reparam import facts
 
@@ -280,7 +279,7 @@ def _known(activation: str) -> str:
 def _is_watched() -> bool:
     """Whether somebody counts, rewrites or differentiates operations, and should see those that everybody knows."""
     return (
-        is_in_torch_dispatch_mode()
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp
         or forward_ad._current_level >= 0

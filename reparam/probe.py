@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam import aliasing, capture, cost, facts, measure, verify, views
 from reparam.algebra import ChannelAffine, Conv, Linear, Operator
+from reparam.capture.modes import below
 from reparam.emit import kernels_of
 from reparam.errors import AlgebraError
 from reparam.leaves import carries_hooks, is_leaf
@@ -135,7 +136,7 @@ def collapse(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Remark]:
         if node.op in ("call_function", "call_method") and _is_unreadable(node, modules)
     }
     for node in graph.nodes if regions else ():
-        if node.op.startswith("call") and node.meta.get("kind") != "other" or facts.target_name(node) == "setitem":
+        if (node.op.startswith("call") and node.meta.get("kind") != "other") or facts.target_name(node) == "setitem":
             parts = str(node.meta.get("scope", "")).split(".")
             for length in range(1, len(parts) + 1):
                 regions.get(".".join(parts[:length]), []).append(node)
@@ -179,7 +180,11 @@ def _collapsed(graph: Graph, path: str, region: list[Node], modules: Mapping[str
         if found is None or found.kernels <= kernels_of(found.operator):
             continue
         # Constants that were computed before are as exact as their type; the module itself was run in float64.
-        types = {resolve(node, modules).dtype for node in sources if node.op == "get_attr" and "_constant" in str(node.target)}
+        types = {
+            resolve(node, modules).dtype
+            for node in sources
+            if node.op == "get_attr" and "_constant" in str(node.target)
+        }
         rounding = [8 * torch.finfo(dtype).eps for dtype in types if dtype.is_floating_point]
         tolerance = max(verify.CERTIFICATE_TOLERANCE, *rounding) if rounding else verify.CERTIFICATE_TOLERANCE
         for x in verify.random_inputs(found.operator, source):
@@ -330,7 +335,7 @@ class _Subject:
     def _run(self, function: Callable[..., Any], x: Tensor) -> Tensor:
         given = x.clone()
         try:
-            with torch.no_grad(), self.guard:
+            with torch.no_grad(), below(self.guard):
                 y = function(given, *self.args, **self.kwargs)
         except (Exception, capture.UnrecordableError) as error:
             raise RefutedError(f"it does not run on {tuple(x.shape)}: {error}") from error
@@ -366,7 +371,7 @@ class _Subject:
     def cost(self, x: Tensor) -> tuple[int, int]:
         """Kernels and multiply-adds of one call."""
         counter = _Kernels()
-        with counter, torch.no_grad():
+        with below(counter), torch.no_grad():
             self.function(x.clone(), *self.args, **self.kwargs)
         return counter.kernels, measure.multiply_adds_of(self, (x,), {})  # type: ignore[arg-type]
 

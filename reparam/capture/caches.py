@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,14 +113,14 @@ def _run(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
 def _other(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
     """A call with inputs of another size that the model takes, run once; None where there is none."""
     for change in _OTHERS:
-        other = torch.utils._pytree.tree_map_only(Tensor, lambda x: _resized(x, change), call)
+        other = torch.utils._pytree.tree_map_only(Tensor, partial(_resized, change), call)
         if _run(root, other, state, restore) is not None:
             return other
         state.restore(state.attributes)
     return None
 
 
-def _resized(x: Tensor, change: Any) -> Tensor:
+def _resized(change: Callable[[int], int], x: Tensor) -> Tensor:
     """Numbers of a tensor over and over, along more of them on every axis of space."""
     for axis in range(2, x.dim()):
         x = x.index_select(axis, torch.arange(change(x.shape[axis]), device=x.device) % x.shape[axis])

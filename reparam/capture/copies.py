@@ -174,6 +174,7 @@ def tensor_storages(modules: Iterable[nn.Module]) -> frozenset[int]:
 
 
 def storage_of(tensor: Tensor) -> int:
+    """Identity of the memory that a tensor lies in."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

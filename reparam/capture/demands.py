@@ -11,6 +11,7 @@ import itertools
 import sys
 from functools import cache
 from types import CodeType, FrameType
+from typing import Any
 
 # How many instructions are followed.
 _MOST = 400
@@ -34,14 +35,18 @@ def is_said() -> bool:
 def is_guarded() -> bool:
     """Whether the innermost frame of a model's own code would catch an error of what it is about to call."""
     frame = _frame()
-    return frame is not None and bool(getattr(frame.f_code, "co_exceptiontable", b"")) and _catches(frame.f_code, frame.f_lasti)
+    return (
+        frame is not None
+        and bool(getattr(frame.f_code, "co_exceptiontable", b""))
+        and _catches(frame.f_code, frame.f_lasti)
+    )
 
 
 @cache
 def _catches(code: CodeType, offset: int) -> bool:
     """Whether an instruction lies in a ``try`` with a handler that does more than clean up."""
     steps, places = _steps(code)
-    parse = getattr(dis, "_parse_exception_table", lambda code: [])
+    parse: Any = getattr(dis, "_parse_exception_table", lambda code: [])
     for entry in parse(code):
         if entry.start <= offset < entry.end:
             handler = itertools.takewhile(lambda step: step.opname != "RERAISE", steps[places.get(entry.target, 0) :])

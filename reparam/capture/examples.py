@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from reparam.capture.copies import tensors_in
 from reparam.capture.state import unchanged
 
-# Sizes that are tried, from small to large, by number of axes behind the channels. Batches are of two: one that does not
-# broadcast, and is not taken for a setting.
+# Sizes that are tried, from small to large, by number of axes behind the channels. Batches are of two: one that does
+# not broadcast, and is not taken for a setting.
 _SIZES: dict[int, list[tuple[int, ...]]] = {
     -1: [(), (16,), (8, 8)],
     0: [()],
@@ -37,7 +37,12 @@ def inputs_of(model: nn.Module) -> list[str]:
 
 def guesses(model: nn.Module) -> Iterator[Tensor]:
     """Random inputs that a model might take: of the channels of its first layers, of several sizes."""
-    tensors = [tensor for module in model.modules() for _, tensor in tensors_in(module) if tensor.is_floating_point() or tensor.is_complex()]
+    tensors = [
+        tensor
+        for module in model.modules()
+        for _, tensor in tensors_in(module)
+        if tensor.is_floating_point() or tensor.is_complex()
+    ]
     like = next((tensor for tensor in tensors if isinstance(tensor, nn.Parameter)), (*tensors, torch.empty(0))[0])
     shapes = dict.fromkeys(_shapes(model, inputs_of(model)))
     known = _shape_known(model)
@@ -46,7 +51,9 @@ def guesses(model: nn.Module) -> Iterator[Tensor]:
     shapes = {shape: None for shape in shapes if rank is None or len(shape) == rank}
     for shape in itertools.islice(shapes, _MOST):
         generator = torch.Generator().manual_seed(0)
-        yield torch.randn(shape, generator=generator, dtype=torch.complex128 if like.is_complex() else torch.float64).to(like.device, like.dtype)
+        yield torch.randn(
+            shape, generator=generator, dtype=torch.complex128 if like.is_complex() else torch.float64
+        ).to(like.device, like.dtype)
 
 
 def _shapes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[int, ...]]:

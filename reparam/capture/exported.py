@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.fx
 from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from reparam.capture.copies import private_copy
 from reparam.capture.program import Capture, record
-from reparam.capture.recording import Call
+from reparam.capture.tape import Call
 from reparam.errors import CaptureError, ReparamError
 
 

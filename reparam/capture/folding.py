@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from reparam import aliasing, facts
+from reparam.capture.modes import below
 from reparam.capture.state import NoSideEffects, UnrecordableError
 
 
@@ -36,7 +37,7 @@ def fold(graph: Graph, root: nn.Module, modules: Mapping[str, nn.Module], storag
         elif _is_constant(node, values) and not homes[node] & written and aliasing.written(node, modules) is None:
             try:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                with torch.no_grad(), NoSideEffects(storages):
+                with torch.no_grad(), below(NoSideEffects(storages)):
                     values[node] = _called(node, args, kwargs)
             except (Exception, UnrecordableError):  # then it fails, or draws, at every call, as it did
                 continue

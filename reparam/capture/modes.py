@@ -6,12 +6,15 @@ All that is private of torch for that is here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+Mode = TypeVar("Mode", bound=TorchDispatchMode)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -46,6 +49,16 @@ def modes_kept(function: Function) -> Function:
             torch._C._set_grad_enabled(grad)
 
     return call  # type: ignore[return-value]
+
+
+@contextmanager
+def below(mode: Mode) -> Iterator[Mode]:
+    """A dispatch mode in force, for this thread alone: torch's own entering sets flags for the whole process."""
+    torch._C._push_on_torch_dispatch_stack(mode)
+    try:
+        yield mode
+    finally:
+        torch._C._pop_torch_dispatch_stack(None)
 
 
 def _functions() -> list[Any]:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.capture.state import NoSideEffects, State, UnrecordableError, same_items
 from reparam.capture.copies import tensor_storages, tensors_in
+from reparam.capture.modes import below
+from reparam.capture.state import NoSideEffects, State, UnrecordableError, same_items
 from reparam.leaves import HOOKS, carries_hooks, is_leaf
 
 _PRE_HOOKS = "_forward_pre_hooks"
@@ -65,7 +66,7 @@ def _without_side_effects(
     state = State(modules)
     memory = [(tensor, tensor.data) for module in modules for _, tensor in tensors_in(module)]
     try:
-        with torch.no_grad(), NoSideEffects(storages):
+        with torch.no_grad(), below(NoSideEffects(storages)):
             values = program()
         return None if any(tensor.data_ptr() != data.data_ptr() for tensor, data in memory) else values
     except (Exception, UnrecordableError):

@@ -1,9 +1,9 @@
 """A module that decides by sizes, recorded once for every way in which it may decide.
 
 TensorFlow's padding asks whether a height is a multiple of the stride, and pads by one number or another. Both ways are
-the same operations with other numbers, so they are one graph in which such a number is selected by the decision. The module
-is run on small inputs of many sizes; the decisions that it takes are a tree, and where both outcomes of every decision were
-seen, and the operations are the same in all of them, nothing is left that depends on the example.
+the same operations with other numbers, so they are one graph in which such a number is selected by the decision. The
+module is run on small inputs of many sizes; the decisions that it takes are a tree, and where both outcomes of every
+decision were seen, and the operations are the same in all of them, nothing is left that depends on the example.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,10 +58,10 @@ def other_calls(call: Any) -> Iterator[Any]:
     if not images or len({image.shape[2:] for image in images}) > 1:
         return
     for sides in itertools.product(_SIDES, repeat=2):
-        yield torch.utils._pytree.tree_map_only(Tensor, lambda x, sides=sides: _resized(x, sides), call)
+        yield torch.utils._pytree.tree_map_only(Tensor, partial(_resized, sides), call)
 
 
-def _resized(x: Tensor, sides: tuple[int, int]) -> Tensor:
+def _resized(sides: tuple[int, ...], x: Tensor) -> Tensor:
     if x.dim() != 4:
         return x
     rows, columns = (torch.arange(side, device=x.device) % size for side, size in zip(sides, x.shape[2:], strict=True))
@@ -118,7 +119,9 @@ class Tree:
 
     def is_complete(self) -> bool:
         """Whether both outcomes of every decision were seen."""
-        return self.decision is None or (len(self.branches) == 2 and all(b.is_complete() for b in self.branches.values()))
+        return self.decision is None or (
+            len(self.branches) == 2 and all(b.is_complete() for b in self.branches.values())
+        )
 
     def choose(self, values: dict[int, Any]) -> Any:
         """One of some values, by path, as the decisions have it: a number."""
@@ -128,7 +131,7 @@ class Tree:
         if self.text(yes) == self.text(no):
             return yes
         assert self.decision is not None
-        hint = (yes if self.decision.hint else no)
+        hint = yes if self.decision.hint else no
         hint = hint.hint if isinstance(hint, Number) else hint
         return Number(self.decision.recorder, select, (self.decision, yes, no), hint)
 
@@ -146,13 +149,15 @@ def merged(tree: Tree, base: Path) -> dict[Node, tuple[Any, Any]]:
         for path, twin in zip(paths, twins, strict=True):
             if twin is None or len(path.nodes) != len(base.nodes) or (twin.op, twin.target) != (node.op, node.target):
                 raise DifferError("other operations")
-            if node.op == "get_attr" and not _same(path.constants.get(str(node.target)), base.constants.get(str(node.target))):
+            if node.op == "get_attr" and not _same(
+                path.constants.get(str(node.target)), base.constants.get(str(node.target))
+            ):
                 raise DifferError("other constants")
         result[node] = tuple(
             _merge(tree, base, paths, [getattr(twin, field) for twin in twins], getattr(node, field))
             for field in ("args", "kwargs")
         )
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch import nn
+from torch.fx import Graph
 
 from reparam import facts
 from reparam.capture import parameters
+from reparam.capture.caches import forgotten, is_same
 from reparam.capture.copies import private_copy, tensor_storages
 from reparam.capture.examples import guesses, inputs_of
-from reparam.capture.recording import Call, Recorded, Session
-from reparam.capture.caches import forgotten, is_same
+from reparam.capture.recording import Session
 from reparam.capture.state import UnrecordableError
+from reparam.capture.tape import Call, Recorded
 from reparam.conditions import Argument
-from reparam.errors import ReparamError, first_line
+from reparam.errors import ReparamError
 from reparam.leaves import carries_hooks, is_leaf
 from reparam.report import Remark
 
@@ -84,8 +85,8 @@ def capture_parts(
 ) -> Capture:
     """Record parts of a model whose own Python stays.
 
-    Of modules in one another, the innermost one is a part in which nothing is lost that can be fused in the outer one, so
-    as much of the model as possible stays what it is.
+    Of modules in one another, the innermost one is a part in which nothing is lost that can be fused in the outer one,
+    so as much of the model as possible stays what it is.
 
     Args:
         model: As for :func:`capture`.
@@ -162,7 +163,9 @@ def _without_example(root: nn.Module, storages: frozenset[int], sizes: str) -> C
         return captured
     names = ", ".join(inputs_of(root))
     said = f"no input could be made up for it ({names}): its parts were compiled by themselves; pass example_inputs"
-    empty = Capture(root, Graph(), dict(root.named_modules()), storages, [Remark("capture", "Example", "", said)], False)
+    empty = Capture(
+        root, Graph(), dict(root.named_modules()), storages, [Remark("capture", "Example", "", said)], False
+    )
     empty.parts = dict(_parts(root, "", storages))
     return empty
 

@@ -1,48 +1,49 @@
 """A real run of a model, recorded as a graph.
 
-Python runs as it always does, on real tensors. What it asks of torch passes a function mode, which is local to the thread,
-and becomes the nodes of a torch.fx graph; modules are seen by an attribute of the private copy's instances. Nothing of
-torch, Python or the user's classes is replaced. What the graph cannot say (a value that Python asks for, a decision by a
-size that has to stay free) makes the innermost module opaque: the record is taken back to its call, it is run as one leaf,
-and recording goes on with what it really returned. Parts that it calls on the way are recorded as graphs of their own.
+Python runs as it always does, on real tensors. What it asks of torch passes a function mode, which is local to the
+thread, and becomes the nodes of a torch.fx graph; modules are seen by an attribute of the private copy's instances.
+Nothing of torch, Python or the user's classes is replaced. What the graph cannot say (a value that Python asks for, a
+decision by a size that has to stay free) makes the innermost module opaque: the record is taken back to its call, it is
+run as one leaf, and recording goes on with what it really returned. Parts that it calls on the way are recorded as
+graphs of their own.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
-from reparam import aliasing, facts, views
+from reparam import aliasing, facts
 from reparam.capture import aten
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.demands import is_demanded, is_guarded
-from reparam.outputs import Rebuild, is_plain
+from reparam.capture.modes import below
 from reparam.capture.paths import DifferError, Path, Tree, merged, other_calls
 from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_always, symbolic, words
-from reparam.capture.state import State, UnrecordableError, Writes, may_write, same_items, written_by
-from reparam.conditions import Argument, assertion, kind_of
+from reparam.capture.state import State, UnrecordableError, Writes, same_items
+from reparam.capture.structures import leaves, mapped
+from reparam.capture.tape import Call, Frame, Recorded, RestartError, Tape, named, tidy
+from reparam.capture.watching import Net, Pieces, Watched
+from reparam.capture.words import said
+from reparam.conditions import Argument, kind_of
 from reparam.errors import first_line
 from reparam.leaves import carries_hooks, is_leaf
+from reparam.outputs import Rebuild, is_plain
 from reparam.report import Remark
 from reparam.verify import clones
-
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Attributes of a tensor that are tensors, and methods that say nothing of its values.
 _VIEWS = frozenset("T mT H mH real imag data".split())
@@ -52,445 +53,8 @@ _HARMLESS = frozenset(
     register_hook retain_grad __dir__ is_tensor __reversed_hash__ is_distributed""".split()
 ) - {"is_nonzero_static", "is_tensor", "__reversed_hash__"}
 _LAYOUT = frozenset("stride is_contiguous storage_offset data_ptr storage untyped_storage is_set_to".split())
-_ARITHMETIC = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "matmul": "matmul", "neg": "neg", "pow": "pow"}
 # Functions whose number of results depends on the size of an axis.
 _SEVERAL = frozenset("chunk split tensor_split unbind unsafe_chunk unsafe_split hsplit vsplit dsplit".split())
-
-
-class _RestartError(BaseException):
-    """What was recorded of a module cannot be taken back, as it wrote to memory that was there before."""
-
-
-@dataclass
-class Recorded:
-    """A module as it was recorded.
-
-    Attributes:
-        root: The module.
-        graph: What it computes; None when it has to stay Python, which a remark says why.
-        modules: The modules in it by path, itself at the empty one.
-        call: Its arguments, on copies of the tensors.
-        output: What it returned.
-        outputs: What its methods returned, where it was run as Python.
-        remarks: Which modules were left opaque, and on what the graph depends.
-        parts: Modules in opaque ones that were recorded by themselves, by path.
-        alike: Whether all of its calls were of one kind.
-        made: Tensors and modules that the graph refers to, which the root does not hold yet.
-        numbers: How the nodes that are numbers are computed.
-        shapes: Of the values of nodes that are tensors.
-        by_size: Whether something was decided by sizes, or would have been.
-        draws: Whether it drew random numbers.
-        arguments: What has to stay the same of a call.
-    """
-
-    root: nn.Module
-    graph: Graph | None
-    modules: dict[str, nn.Module]
-    call: Call
-    output: Any = None
-    outputs: dict[str, Any] = field(default_factory=dict)
-    remarks: list[Remark] = field(default_factory=list)
-    parts: dict[str, Recorded] = field(default_factory=dict)
-    alike: bool = True
-    made: dict[str, Any] = field(default_factory=dict)
-    by_size: bool = False
-    draws: bool = False
-    numbers: dict[Node, Number] = field(default_factory=dict)
-    shapes: dict[Node, Any] = field(default_factory=dict)
-    arguments: tuple[Argument, ...] = ()
-
-
-@dataclass(eq=False)
-class _Frame:
-    """A module that is being recorded."""
-
-    path: str
-    module: nn.Module
-    last: Node | None
-    journal: int
-    conditions: int
-    remarks: int
-    serial: int
-    arguments: list[tuple[Any, Any]]
-    oldest_write: float = math.inf
-    dtypes: dict[torch.dtype, Node] = field(default_factory=dict)
-    handed_on: set[torch.dtype] = field(default_factory=set)
-
-
-class _Tape:
-    """The record of one module: its graph, and which node every live tensor is."""
-
-    def __init__(self, session: Session, root: nn.Module, prefix: str, is_part: bool) -> None:
-        self.session, self.root, self.prefix, self.is_part = session, root, prefix, is_part
-        self.graph = Graph()
-        self.modules = dict(root.named_modules())
-        self.paths = {module: path for path, module in reversed(self.modules.items())}
-        self.known: dict[int, tuple[TensorWeakRef, Node]] = {}
-        self.journal: list[tuple[int, Any]] = []
-        self.constants: dict[int, tuple[Tensor, str]] = {}
-        for path, module in self.modules.items():
-            for name, tensor in tensors_in(module):
-                self.constants.setdefault(id(tensor), (tensor, f"{path}.{name}" if path else name))
-        self.made: dict[str, Any] = {}
-        self.frames: list[_Frame] = []
-        self.conditions: list[tuple[Any, ...]] = []
-        self.remarks: list[Remark] = []
-        self.arguments: list[Argument] = []
-        self.settled = 0
-        self.ordered: list[Node] = []
-        self.births: dict[int, int] = {}
-        self.written: set[int] = set()
-        self.valueless: set[Node] = set()
-        self.uncertain: set[Node] = set()
-        self.numbers: dict[Any, Node] = {}
-        self.number_nodes: dict[Node, Number] = {}
-        self.containers: list[Node] = []
-        self.shapes: dict[Node, torch.Size] = {}
-        self.autocast = _autocast()
-
-    # Nodes.
-
-    def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Node:
-        """A node at the end of the graph, with its facts."""
-        if _autocast() != self.autocast:
-            self.session.refuse("it changes the precision that operations run in (autocast)")
-        node = self.graph.create_node(op, target, args, dict(kwargs or {}))
-        node.meta["scope"] = self.frames[-1].path if self.frames else ""
-        sources = node.all_input_nodes
-        if op.startswith("call"):
-            if all(source in self.valueless or not _reads_values(node, source) for source in sources):
-                self.valueless.add(node)
-            if any(source in self.uncertain for source in sources):
-                self.uncertain.add(node)
-        elif op == "get_attr":
-            self.valueless.add(node)
-        self.ordered.append(node)
-        return node
-
-    def note(self, node: Node, value: Any, module: nn.Module | None = None) -> None:
-        """Write down what the run shows of a node's value."""
-        facts.note_value(node, value)
-        facts.note_example(node, value)
-        if isinstance(value, Tensor):
-            self.shapes[node] = value.shape
-            if not self.session.given:
-                del node.meta["shape"]
-        facts.note(node, module)
-
-    def bind(self, tensor: Tensor, node: Node) -> None:
-        """From here on, a tensor is the value of a node."""
-        key = id(tensor)
-        self.journal.append((key, self.known.get(key)))
-        self.known[key] = TensorWeakRef(tensor), node
-        self.births.setdefault(storage_of(tensor), len(self.journal))
-
-    def find(self, tensor: Tensor) -> Node | None:
-        """The node that a tensor is the value of, None for a constant."""
-        found = self.known.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
-
-    def is_activation(self, value: Any) -> bool:
-        """Whether a value is a tensor that depends on the inputs."""
-        return isinstance(value, Tensor) and self.find(value) is not None
-
-    def results(self, value: Any, node: Node, module: nn.Module | None = None, seen: tuple[int, ...] = ()) -> bool:
-        """Bind every tensor in a result, whatever it is wrapped in; whether it holds plain numbers, too."""
-        self.note(node, value, module)
-        if isinstance(value, Tensor):
-            self.bind(value, node)
-            return False
-        if isinstance(value, (bool, int, float)):
-            return True
-        parts: Iterable[tuple[Any, Any]] = ()
-        how: Any = operator.getitem
-        if isinstance(value, Mapping):
-            parts = value.items()
-        elif isinstance(value, (tuple, list)):
-            parts = enumerate(value)
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
-            parts, how = vars(value).items(), getattr
-        numbers = False
-        for key, part in list(parts) if id(value) not in seen else ():
-            if part is None or isinstance(part, (str, torch.dtype, torch.device)):
-                continue
-            op, target, args, kwargs = aten.said(how, (node, key), {}, None)
-            inner = self.node(op, target, args, kwargs)
-            self.containers.append(inner if target is how else node)
-            numbers = self.results(part, inner, None, (*seen, id(value))) or numbers
-        return numbers
-
-    def argument(self, value: Any) -> Any:
-        """An argument of a call as the graph has it."""
-        if isinstance(value, Tensor):
-            return self.find(value) or self.constant(value)
-        if isinstance(value, SYMBOLIC):
-            return self.number(value.node)
-        if isinstance(value, torch.dtype):
-            frame = next((frame for frame in reversed(self.frames) if value in frame.dtypes), None)
-            if frame is None:
-                return value
-            frame.handed_on.add(value)
-            return self.attribute(frame.dtypes[value], "dtype", value)
-        if isinstance(value, torch.device):
-            given = next((node for node in self.graph.nodes if node.meta.get("device") == value), None)
-            return self.attribute(given, "device", value) if given is not None else value
-        if value is None or value is Ellipsis or type(value) in _PLAIN or isinstance(value, _SETTINGS):
-            return value
-        for plain in (bool, int, float, complex, str):
-            if isinstance(value, plain):
-                return plain(value)
-        if isinstance(value, torch.Size):
-            return tuple(map(self.argument, value))
-        if type(value).__module__ == "numpy" and hasattr(value, "item") and not getattr(value, "shape", ()):
-            return value.item()
-        return self.session.refuse(f"a {type(value).__name__} is among the arguments of a call")
-
-    def attribute(self, node: Node, name: str, value: Any) -> Node:
-        """An attribute of a value that is no tensor."""
-        made = self.node("call_function", getattr, (node, name))
-        self.valueless.add(made)
-        self.note(made, value)
-        return made
-
-    def constant(self, tensor: Tensor) -> Node:
-        """A tensor that does not depend on the inputs: the model's own, or one that was computed from such."""
-        if self.session.hides(tensor):
-            self.session.refuse("it reads a value that was made inside of Python that is not recorded")
-        if storage_of(tensor) in self.written:
-            self.session.refuse("it reads memory that was written to under another name")
-        if id(tensor) not in self.constants:
-            self.constants[id(tensor)] = tensor, self.name_for(f"_constant{len(self.made)}", tensor)
-        node = self.node("get_attr", self.constants[id(tensor)][1])
-        node.meta.update(kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape))
-        facts.note(node)
-        return node
-
-    def name_for(self, name: str, value: Any) -> str:
-        """A name under which the root will hold something new."""
-        while hasattr(self.root, name) or name in self.made:
-            name += "_"
-        self.made[name] = value
-        return name
-
-    # Numbers.
-
-    def number(self, number: Number) -> Node:
-        """Where the graph computes a number."""
-        known = self.numbers.get(number.key)
-        if known is not None and not known._erased:
-            return known
-        match number.function, number.operands:
-            case None, (node, *_):
-                return node  # type: ignore[no-any-return]
-            case "size", (value, axis):
-                made = self.node("call_method", "size", (value, axis))
-            case function, operands:
-                args = tuple(self.number(item) if isinstance(item, Number) else item for item in operands)
-                made = self.node("call_function", function, args)
-        made.meta.update(kind="other", example=number.hint)
-        facts.note(made)
-        self.valueless.add(made)
-        self.numbers[number.key] = made
-        self.number_nodes[made] = number
-        return made
-
-    def require(self, outcome: Node, what: str) -> None:
-        """Check at every call that a comparison comes out as it did."""
-        self.node("call_function", torch._assert, (outcome, assertion(what))).meta["kind"] = "other"
-
-    def size(self, tensor: Tensor, axis: int) -> Any:
-        """The size of an activation along an axis, as Python gets it: an int where layers settle it."""
-        node = self.find(tensor)
-        assert node is not None
-        axis = axis % tensor.dim()
-        views.settle(self._unsettled(), self.modules)
-        found = views.size(node, axis)
-        if isinstance(found, int):
-            return found
-        value, axis = found if found is not None else (node, axis)
-        if value.op == "get_attr" or value._erased:
-            return tensor.size(axis)
-        return symbolic(Number(self.session, "size", (value, axis), self.shapes.get(value, tensor.shape)[axis]))
-
-    def _unsettled(self) -> list[Node]:
-        nodes = [node for node in self.ordered[self.settled :] if not node._erased]
-        self.settled = len(self.ordered)
-        return nodes
-
-    # Modules.
-
-    def push(self, path: str, module: nn.Module, args: Any) -> _Frame:
-        """Begin with a module."""
-        frame = _Frame(
-            path, module, next(iter(reversed(self.graph.nodes)), None), len(self.journal), len(self.conditions),
-            len(self.remarks), len(self.journal), [(item, list(item)) for item in _containers(args)],
-        )  # fmt: skip
-        self.frames.append(frame)
-        return frame
-
-    def roll_back(self, frame: _Frame) -> None:
-        """Take back all that was recorded since a module was begun with.
-
-        Raises:
-            _RestartError: It has written to memory that was there before.
-        """
-        del self.frames[self.frames.index(frame) :]
-        for node in reversed(self.graph.nodes):
-            if node is frame.last:
-                break
-            self.graph.erase_node(node)
-        for key, previous in reversed(self.journal[frame.journal :]):
-            if previous is None:
-                self.known.pop(key, None)
-            else:
-                self.known[key] = previous
-        del self.journal[frame.journal :], self.conditions[frame.conditions :], self.remarks[frame.remarks :]
-        while self.ordered and self.ordered[-1]._erased:
-            self.ordered.pop()
-        self.settled = min(self.settled, len(self.ordered))
-        self.session.state.restore(frame.module.modules())
-        if frame.oldest_write <= frame.serial:
-            raise _RestartError(frame.path)
-        for container, items in frame.arguments:
-            if isinstance(container, list):
-                container[:] = items
-
-
-_PLAIN = (bool, int, float, complex, str)
-_SETTINGS = (torch.memory_format, torch.layout)
-
-
-def _containers(value: Any) -> Iterator[list[Any]]:
-    if isinstance(value, list):
-        yield value
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _containers(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _containers(item)
-
-
-def _reads_values(node: Node, source: Node) -> bool:
-    """Whether a node reads the values of another, and not just its shape and type."""
-    name = facts.target_name(node)
-    like = name.startswith("new_") or (name.endswith("_like") and not name.startswith("rand"))
-    return not (facts.reads_only_metadata_of(node, source) or (like and node.args[:1] == (source,)))
-
-
-def _autocast() -> tuple[Any, ...]:
-    """What automatic mixed precision does at the moment; a graph cannot say that it changes."""
-    return tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda"))
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """What nested tuples, lists, dicts and slices hold."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    elif type(value) is slice:
-        yield from (value.start, value.stop, value.step)
-    else:
-        yield value
-
-
-def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Nested tuples, lists, dicts and slices with a function applied to what they hold."""
-    if isinstance(value, torch.Size):
-        return tuple(function(item) for item in value)
-    if isinstance(value, tuple):
-        items = [mapped(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [mapped(item, function) for item in value]
-    if isinstance(value, dict):
-        return {key: mapped(item, function) for key, item in value.items()}
-    if type(value) is slice:
-        return slice(function(value.start), function(value.stop), function(value.step))
-    return function(value)
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-
-
-class _Parts(tuple[Any, ...]):
-    """Several parts of a value. How many there are depends on its size, and is decided by when Python asks."""
-
-    number: Any
-    session: Session
-
-    def __new__(cls, parts: Iterable[Any], session: Session, number: Any) -> _Parts:
-        """The parts, and their number."""
-        made = super().__new__(cls, parts)
-        made.session, made.number = session, number
-        return made
-
-    def __len__(self) -> int:
-        return int(self.number)
-
-    def __iter__(self) -> Iterator[Any]:
-        int(self.number)
-        return super().__iter__()
-
-    def __getitem__(self, index: Any) -> Any:
-        if type(index) is int and index >= 0:
-            at_least = Number(self.session, operator.gt, (self.number.node, index), True)
-            self.session.decide(at_least, True, small=True)
-        else:
-            int(self.number)
-        return super().__getitem__(index)
-
-
-class _Watched(dict[str, Any]):
-    """The children or the tensors of a module, and who is to be told when one is taken out by name.
-
-    What is done with those that are only gone through is seen where it is done.
-    """
-
-    def __init__(self, values: dict[str, Any], tell: Callable[[], None]) -> None:
-        super().__init__(values)
-        self.tell = tell
-
-    def __getitem__(self, key: str) -> Any:
-        self.tell()
-        return super().__getitem__(key)
-
-    def __copy__(self) -> dict[str, Any]:
-        return dict(self)
-
-
-class _Net(TorchDispatchMode):
-    """Below the recorder: what reads an activation unseen, writes to the model, or has to run at every call."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.session = session
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        session, kwargs = self.session, kwargs or {}
-        tape = session.tape
-        session.draws = session.draws or torch.Tag.nondeterministic_seeded in func.tags
-        if tape is None or session.paused:
-            if may_write(func):
-                session.writes_of_python.note(func, args, kwargs)
-            return session.note_made(func(*args, **kwargs), None)
-        reads = any(isinstance(value, Tensor) and tape.find(value) is not None for value in leaves((args, kwargs)))
-        if not session.inside and reads:
-            session.refuse(f"{func} reads an activation unseen")
-        if not session.inside and torch.Tag.nondeterministic_seeded in func.tags:
-            session.refuse(f"it draws random numbers ({func})")
-        if torch.Tag.dynamic_output_shape in func.tags and (
-            func is not torch.ops.aten.index.Tensor or any(_is_mask(item) for item in leaves(args[1]))
-        ):
-            session.shapes_by_value = True
-        if may_write(func):
-            for tensor in written_by(func, args, kwargs):
-                session.writes(tensor, func)
-        return session.note_made(func(*args, **kwargs), tape)
 
 
 class Session(TorchFunctionMode):
@@ -513,13 +77,13 @@ class Session(TorchFunctionMode):
         self.storages = tensor_storages(self.modules)
         self.owners = {id(tensor): module for module in reversed(self.modules) for _, tensor in tensors_in(module)}
         self.writes_of_python = Writes(self.storages)
-        self.stack: list[_Tape] = []
+        self.stack: list[Tape] = []
         self.parts: list[dict[str, Recorded]] = [{}]
         self.opaque: dict[nn.Module, str] = {}
-        self.made: dict[int, tuple[TensorWeakRef, _Tape | None]] = {}
+        self.made: dict[int, tuple[TensorWeakRef, Tape | None]] = {}
         self.inside = self.paused = 0
         self.failed: UnrecordableError | None = None
-        self.failed_in: list[_Frame] = []
+        self.failed_in: list[Frame] = []
         self.genuine: BaseException | None = None
         self.by_size = self.shapes_by_value = False
         self.doubtful: list[tuple[nn.Module, str, Any]] = []
@@ -533,7 +97,7 @@ class Session(TorchFunctionMode):
         self.snapshots: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
-    def tape(self) -> _Tape | None:
+    def tape(self) -> Tape | None:
         """What is being recorded."""
         return self.stack[-1] if self.stack else None
 
@@ -557,7 +121,7 @@ class Session(TorchFunctionMode):
                     for name in contents:
                         self.holders.setdefault(id(module.__dict__[name]), set()).add(module)
                 try:
-                    with torch.random.fork_rng(devices=()), torch.no_grad(), self, _Net(self):
+                    with torch.random.fork_rng(devices=()), torch.no_grad(), self, below(Net(self)):
                         recorded = "" if entries else self._record(self.root, "", _cloned(call), self.root.forward)
                         self._check_constants(call)
                         if isinstance(recorded, str):
@@ -567,7 +131,7 @@ class Session(TorchFunctionMode):
                         self.opaque |= again
                         continue
                     return recorded
-                except _RestartError:
+                except RestartError:
                     continue
                 finally:
                     self.stack = []
@@ -592,7 +156,7 @@ class Session(TorchFunctionMode):
         """Run the root once more where it replaced tensors of its own by others: they must come out the same again.
 
         Raises:
-            _RestartError: They do not; the modules that hold them are opaque from now on.
+            RestartError: They do not; the modules that hold them are opaque from now on.
         """
         if not self.doubtful:
             return
@@ -603,12 +167,12 @@ class Session(TorchFunctionMode):
         for module, name, _ in others:
             self.opaque[module] = f"it changes its own {name} at every call"
         if others:
-            raise _RestartError
+            raise RestartError
 
     def _run_as_python(self, entries: Sequence[tuple[str, Call]], reason: str) -> Recorded:
         """Run the root as it is, and record its parts."""
         recorded = Recorded(self.root, None, dict(self.root.named_modules()), _cloned(entries[0][1]))
-        tape = _Tape(self, self.root, "", is_part=False)
+        tape = Tape(self, self.root, "", is_part=False)
         if reason:
             recorded.remarks.append(Remark("capture", "Record", "", f"kept as Python: {reason}"))
         self.stack.append(tape)
@@ -633,7 +197,7 @@ class Session(TorchFunctionMode):
         """Record a call of a module as a graph; the reason where that cannot be."""
         kept = self.inside, self.paused
         self.inside, self.paused = 1, 0  # what is done here is nobody's business
-        tape = _Tape(self, module, prefix, is_part)
+        tape = Tape(self, module, prefix, is_part)
         with quiet():
             recorded = Recorded(module, tape.graph, tape.modules, _cloned(call))
         self.stack.append(tape)
@@ -652,7 +216,7 @@ class Session(TorchFunctionMode):
                     self._check_state(module)
                     self._type_conditions(tape, frame)
                     self._output(tape, recorded.output)
-            except (_RestartError, KeyboardInterrupt):
+            except (RestartError, KeyboardInterrupt):
                 raise
             except (Exception, UnrecordableError) as error:
                 self.failed = None
@@ -661,7 +225,7 @@ class Session(TorchFunctionMode):
                 self.refused_size = self.refused_size and isinstance(error, UnrecordableError)
                 try:
                     tape.roll_back(frame)
-                except _RestartError:
+                except RestartError:
                     self.opaque[module] = first_line(error)
                     raise
                 if not self.refused_size or self.collecting:
@@ -686,10 +250,10 @@ class Session(TorchFunctionMode):
             recorded.output = _plain_numbers(recorded.output)
         recorded.made, recorded.arguments = tape.made, tuple(tape.arguments)
         recorded.numbers, recorded.shapes = tape.number_nodes, tape.shapes
-        _tidy(tape)
+        tidy(tape)
         return recorded
 
-    def _inputs(self, tape: _Tape, module: nn.Module, forward: Callable[..., Any], call: Call) -> Call:
+    def _inputs(self, tape: Tape, module: nn.Module, forward: Callable[..., Any], call: Call) -> Call:
         """Placeholders under the names of a module's arguments, the tensors in them, and what has to stay of a call.
 
         Returns:
@@ -709,6 +273,8 @@ class Session(TorchFunctionMode):
             same = next((other for other in tape.arguments if bound.get(other.name) is value), None)
             kind = kind_of(value, within=name not in bound)
             node = tape.node("placeholder", stars + name, (default,) if has_default else ())
+            if tape.is_part and self.free and _holds_numbers(kind):
+                self.refuse(f"its argument {name} holds numbers, which may be others for other sizes")
             if same is not None and isinstance(value, Tensor):
                 kind = "same", same.name
             tape.arguments.append(Argument(stars + name, kind, (default,) if has_default else ()))
@@ -719,7 +285,7 @@ class Session(TorchFunctionMode):
         tape.valueless.difference_update(tape.graph.nodes)
         return call_.args, call_.kwargs
 
-    def _open(self, tape: _Tape, node: Node, value: Any) -> None:
+    def _open(self, tape: Tape, node: Node, value: Any) -> None:
         """Find the tensors in an argument; numbers in it are numbers of the graph."""
         if isinstance(value, Tensor):
             node.meta["device"] = value.device
@@ -734,7 +300,7 @@ class Session(TorchFunctionMode):
         elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
             tape.results(value, node)
 
-    def _output(self, tape: _Tape, value: Any) -> None:
+    def _output(self, tape: Tape, value: Any) -> None:
         """The output node; anything but tuples, lists and dicts is rebuilt at the end of every call."""
         frame = tape.frames[-1]
         if is_plain(value, OURS):
@@ -763,7 +329,7 @@ class Session(TorchFunctionMode):
                 module.__dict__["_compiled_call_impl"] = partial(self._called, module)
             for module in looked_into:
                 for name in ("_modules", "_parameters", "_buffers"):
-                    module.__dict__[name] = _Watched(module.__dict__[name], partial(self._looked_into, module))
+                    module.__dict__[name] = Watched(module.__dict__[name], partial(self._looked_into, module))
             yield
         finally:
             for module in looked_into:
@@ -785,7 +351,7 @@ class Session(TorchFunctionMode):
         return any(part.root is module and part.graph is not None for part in self.parts[-1].values())
 
     def _used(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Told when Python that stays calls torch: what it does with the tensors of others counts as looking into them."""
+        """Told when Python that stays calls torch: what it does with tensors of others counts as looking into them."""
         attribute = getattr(getattr(func, "__self__", None), "__name__", "") if func.__name__ == "__get__" else ""
         if attribute not in ("dtype", "device", "requires_grad", "is_cuda", "layout"):
             for leaf in leaves((args, kwargs)):
@@ -814,7 +380,7 @@ class Session(TorchFunctionMode):
                 self._raise_swallowed(frame)
                 self._check_state(module)
                 self._type_conditions(tape, frame)
-        except (_RestartError, KeyboardInterrupt):
+        except (RestartError, KeyboardInterrupt):
             raise
         except (Exception, UnrecordableError) as error:
             self.failed = None
@@ -824,7 +390,7 @@ class Session(TorchFunctionMode):
             reason = f"{type(module).__name__} is kept as it is: {first_line(error)}"
             try:
                 tape.roll_back(frame)
-            except _RestartError:
+            except RestartError:
                 self.opaque[module] = first_line(error)
                 raise
             if self.refused_size:
@@ -839,7 +405,9 @@ class Session(TorchFunctionMode):
 
     # Deciding in all ways.
 
-    def _in_all_ways(self, tape: _Tape, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _in_all_ways(
+        self, tape: Tape, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Record a module that decides by sizes in every way that it may decide; see :mod:`reparam.capture.paths`.
 
         Raises:
@@ -886,7 +454,9 @@ class Session(TorchFunctionMode):
             self.state.restore(module.modules())
         if isinstance(recorded, str) or recorded.parts:
             raise DifferError(recorded if isinstance(recorded, str) else "it calls Python that stays")
-        if not is_plain(recorded.output) or not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves(recorded.output)):
+        if not is_plain(recorded.output) or not all(
+            leaf is None or isinstance(leaf, Tensor) for leaf in leaves(recorded.output)
+        ):
             raise DifferError("it returns more than tensors")
         assert recorded.graph is not None
         nodes = [node for node in recorded.graph.nodes if node not in recorded.numbers]
@@ -902,7 +472,7 @@ class Session(TorchFunctionMode):
 
     def _inlined(
         self,
-        tape: _Tape,
+        tape: Tape,
         path: str,
         call: Call,
         recorded: Recorded,
@@ -936,7 +506,9 @@ class Session(TorchFunctionMode):
                 case "placeholder":
                     name = str(node.target)
                     value = bound.get(name.lstrip("*"), node.args[0] if node.args else None)
-                    if name.startswith("*") or not isinstance(value, (Tensor, bool, int, float, str, type(None), *SYMBOLIC)):
+                    if name.startswith("*") or not isinstance(
+                        value, (Tensor, bool, int, float, str, type(None), *SYMBOLIC)
+                    ):
                         if node.users:
                             raise DifferError("it takes more than tensors and settings")
                         continue
@@ -953,7 +525,7 @@ class Session(TorchFunctionMode):
             twin = tape.node(node.op, target, *mapped(given, argument))
             scope = str(node.meta.get("scope", ""))
             twin.meta = {**node.meta, "scope": f"{path}.{scope}" if scope and path else path or scope}
-            tape.shapes[twin] = recorded.shapes.get(node)
+            tape.shapes[twin] = recorded.shapes.get(node, torch.Size())
             made[node] = twin
         output = next(iter(reversed(recorded.graph.nodes))).args[0]  # type: ignore[union-attr]
         pairs = zip(leaves(recorded.output), leaves(output), strict=True)
@@ -977,7 +549,13 @@ class Session(TorchFunctionMode):
         return known is not None, None if known is None else f"{name} is kept as it is: {known}"
 
     def _leaf(
-        self, tape: _Tape, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str | None
+        self,
+        tape: Tape,
+        module: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reason: str | None,
     ) -> Any:
         """Run a module as one leaf; ``reason`` says why it is one, None for a layer of torch's."""
         with quiet():
@@ -1007,7 +585,7 @@ class Session(TorchFunctionMode):
                     self.refuse(f"{path or 'a module'}, which is not recorded, returns numbers")
         return result
 
-    def _renamed(self, tape: _Tape, result: Any) -> Any:
+    def _renamed(self, tape: Tape, result: Any) -> Any:
         """A result with other objects for tensors that are known: next time, they may be others."""
         if isinstance(result, Tensor):
             if tape.find(result) is None:
@@ -1017,7 +595,9 @@ class Session(TorchFunctionMode):
                 return result.view_as(result)
             finally:
                 self.inside -= 1
-        known = [leaf for leaf in Rebuild.slots(result, OURS) if isinstance(leaf, Tensor) and tape.find(leaf) is not None]
+        known = [
+            leaf for leaf in Rebuild.slots(result, OURS) if isinstance(leaf, Tensor) and tape.find(leaf) is not None
+        ]
         if not known:
             return result
         self.inside += 1
@@ -1035,7 +615,7 @@ class Session(TorchFunctionMode):
         self.running.append(module)
         try:
             return module._call_impl(*args, **kwargs)
-        except _RestartError:
+        except RestartError:
             raise
         except BaseException as error:
             self.genuine = error
@@ -1044,14 +624,14 @@ class Session(TorchFunctionMode):
             self.running.pop()
             self.paused -= 1
 
-    def _note_writes(self, tape: _Tape, arguments: Any) -> None:
+    def _note_writes(self, tape: Tape, arguments: Any) -> None:
         """A module that is not recorded may write to what it is given."""
         for leaf in leaves(arguments):
             if isinstance(leaf, Tensor):
                 for frame in tape.frames:
                     frame.oldest_write = min(frame.oldest_write, tape.births.get(storage_of(leaf), 0))
 
-    def _part(self, tape: _Tape, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _part(self, tape: Tape, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call by Python that is not recorded: of a part that may be a graph by itself."""
         parts = self.parts[-1]
         reason = self._is_kept(module)[1]
@@ -1063,7 +643,9 @@ class Session(TorchFunctionMode):
             path = ".".join(filter(None, (tape.prefix, tape.paths[module])))
             known = next((part for part in parts.values() if part.root is module), None)
             if known is not None:
-                alike = kind_of(list(args)) == kind_of(list(known.call[0])) and kind_of(kwargs) == kind_of(known.call[1])
+                alike = kind_of(list(args)) == kind_of(list(known.call[0])) and kind_of(kwargs) == kind_of(
+                    known.call[1]
+                )
                 known.alike = known.alike and alike
         if known is not None:
             return self._as_python(module, args, kwargs)
@@ -1075,7 +657,7 @@ class Session(TorchFunctionMode):
         recorded = self._record(module, path, (args, kwargs), module.forward, is_part=True)
         if not isinstance(recorded, str) and (reason := _shares_memory(recorded)) is not None:
             self.opaque[module] = reason
-            raise _RestartError
+            raise RestartError
         if isinstance(recorded, str):
             parts[path] = Recorded(module, None, {}, ((), {}))
             reason = f"{type(module).__name__} is kept as it is: {recorded}"
@@ -1090,10 +672,15 @@ class Session(TorchFunctionMode):
         for part in inner:
             for name, value in self.state.attributes[part].items():
                 held = part.__dict__.get(name)
-                if held is not value and (type(held) is not type(value) or isinstance(held, (Tensor, nn.Module)) or held != value):
+                if held is not value and (
+                    type(held) is not type(value) or isinstance(held, (Tensor, nn.Module)) or held != value
+                ):
                     return f"the Python around it sets its {name}"
             for name in self.state.contents[part]:
-                if name not in ("_modules", "_parameters", "_buffers") and not self.holders[id(part.__dict__[name])] <= inner:
+                if (
+                    name not in ("_modules", "_parameters", "_buffers")
+                    and not self.holders[id(part.__dict__[name])] <= inner
+                ):
                     return f"it shares its {name} with the Python around it"
         return None
 
@@ -1125,10 +712,12 @@ class Session(TorchFunctionMode):
             return answer
         return self._recorded_call(tape, func, name, args, kwargs, reads)
 
-    def _constant_call(self, tape: _Tape, func: Any, args: Any, kwargs: Any) -> Any:
+    def _constant_call(self, tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on constants alone: computed once, now, unless it draws random numbers."""
         name = aten.name_of(func) if isinstance(func, OpOverload) else getattr(func, "__name__", "")
-        if name not in facts.RANDOM or name.endswith("_") and isinstance(args[0], Tensor) and storage_of(args[0]) in self.storages:
+        if name not in facts.RANDOM or (
+            name.endswith("_") and isinstance(args[0], Tensor) and storage_of(args[0]) in self.storages
+        ):
             return func(*args, **kwargs)
         result = self._run(func, args, kwargs)
         op, target, args, kwargs = said(func, name, args, kwargs)
@@ -1137,7 +726,7 @@ class Session(TorchFunctionMode):
         tape.results(result, node)
         return result
 
-    def _attribute(self, tape: _Tape, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    def _attribute(self, tape: Tape, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """An attribute of an activation that is no tensor."""
         node = tape.find(args[0])
         assert node is not None
@@ -1151,7 +740,7 @@ class Session(TorchFunctionMode):
                 tape.frames[-1].dtypes.setdefault(args[0].dtype, node)
         return func(*args, **kwargs)
 
-    def _metadata(self, tape: _Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _metadata(self, tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """What is asked of an activation besides its values."""
         first = args[0] if args else kwargs.get("input")
         if not isinstance(first, Tensor) or not tape.is_activation(first):
@@ -1180,7 +769,7 @@ class Session(TorchFunctionMode):
         return _NOTHING
 
     def _recorded_call(
-        self, tape: _Tape, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], reads: bool
+        self, tape: Tape, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], reads: bool
     ) -> Any:
         """Run a function, and write it down."""
         if not reads and all(not isinstance(leaf, Tensor) for leaf in leaves((args, kwargs))):
@@ -1195,7 +784,7 @@ class Session(TorchFunctionMode):
             self.refuse("it would catch an error of what it calls, which may depend on its input")
         self.shapes_by_value = False
         result = self._run(func, args, kwargs)
-        found = [leaf for leaf in leaves(result)]
+        found = list(leaves(result))
         if not all(isinstance(leaf, Tensor) for leaf in found):
             if result is None or all(isinstance(leaf, (Tensor, type(None))) for leaf in found):
                 pass  # an item that is set; a result that may be left out
@@ -1218,9 +807,12 @@ class Session(TorchFunctionMode):
                 return self._several(tape, node, args, kwargs, result)
         return result
 
-    def _several(self, tape: _Tape, node: Node, args: Any, kwargs: Any, result: Any) -> Any:
+    def _several(self, tape: Tape, node: Node, args: Any, kwargs: Any, result: Any) -> Any:
         """Parts of a value whose number depends on its size, where no layer settles that."""
-        names = {"dim": kwargs.get("dim"), "sections": next((v for k, v in kwargs.items() if k not in ("dim", "input")), None)}
+        names = {
+            "dim": kwargs.get("dim"),
+            "sections": next((v for k, v in kwargs.items() if k not in ("dim", "input")), None),
+        }
         given = list(args[1:])
         if facts.target_name(node) != "unbind":
             names["sections"] = given.pop(0) if given else names["sections"]
@@ -1228,8 +820,8 @@ class Session(TorchFunctionMode):
         tensor, sections = args[0] if args else kwargs["input"], names["sections"]
         if type(axis) is not int or isinstance(sections, (tuple, list)):
             return result
-        size = tape.size(tensor, axis)
-        if not isinstance(size, SYMBOLIC):
+        size: Any = tape.size(tensor, axis)
+        if type(size) is int:
             return result
         match facts.target_name(node):
             case "split" | "unsafe_split":
@@ -1243,7 +835,7 @@ class Session(TorchFunctionMode):
                 if len(result) == sections <= 2 and size.node.hint >= sections * (sections - 1):
                     self.decide(asked, True, small=True)
                     return result
-        return _Parts(result, self, number)
+        return Pieces(result, self, number)
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function that is written down, with numbers in the place of symbolic ones."""
@@ -1268,8 +860,8 @@ class Session(TorchFunctionMode):
                 found.setdefault(storage_of(leaf), []).append(leaf)
         return found
 
-    def _written(self, tape: _Tape, args: Any, kwargs: Any, given: Any) -> Any:
-        """The arguments, where a constant that the call wrote to is a copy of what it was before, made at every call."""
+    def _written(self, tape: Tape, args: Any, kwargs: Any, given: Any) -> Any:
+        """The arguments, where a constant that the call wrote to is a copy of what it was, made at every call."""
         if not self.snapshots:
             return given
         for leaf in leaves((args, kwargs)):
@@ -1292,10 +884,12 @@ class Session(TorchFunctionMode):
         born = tape.births.get(storage, 0)
         if not self.inside:
             return  # one constant to another
-        if tape.find(tensor) is None and not born:
-            for constant in self.given_constants.get(storage, ()):
+        if storage in self.given_constants:
+            for constant in self.given_constants[storage]:
                 self.snapshots.setdefault(id(constant), (constant, constant.detach().clone()))
             return
+        if tape.find(tensor) is None and not born:
+            return  # memory of the call's own
         for frame in tape.frames:
             frame.oldest_write = min(frame.oldest_write, born)
 
@@ -1332,19 +926,23 @@ class Session(TorchFunctionMode):
         held = number
         if not outcome:
             opposite = NEGATED.get(number.function)
-            held = Number(self, opposite, number.operands, True) if opposite else Number(self, operator.not_, (number,), True)
+            held = (
+                Number(self, opposite, number.operands, True)
+                if opposite
+                else Number(self, operator.not_, (number,), True)
+            )
         tape.require(tape.number(held), said)
         if not demanded and not small:
             tape.remarks.append(Remark("capture", "Condition", tape.frames[-1].path, f"only for inputs where {said}"))
 
-    def _type_conditions(self, tape: _Tape, frame: _Frame) -> None:
+    def _type_conditions(self, tape: Tape, frame: Frame) -> None:
         """A module that asked for a type and did not hand it on may have decided by it."""
         for dtype, node in frame.dtypes.items():
             if dtype not in frame.handed_on and (dtype, node) not in tape.conditions:
                 tape.conditions.append((dtype, node))
                 same = tape.node("call_function", operator.eq, (tape.attribute(node, "dtype", dtype), dtype))
                 same.meta["kind"] = "other"
-                tape.require(same, f"{_named(node)} is of {dtype}")
+                tape.require(same, f"{named(node)} is of {dtype}")
 
     def _check_state(self, module: nn.Module) -> None:
         """Refuse what a module comes to hold; what seems to come from constants alone is looked at again later."""
@@ -1355,10 +953,12 @@ class Session(TorchFunctionMode):
         for values, old in ((module.__dict__, self.state.attributes), (module._buffers, None)):
             before = old[module] if old is not None else self.state.contents[module].get("_buffers", {})
             for name, value in before.items():
-                if isinstance(value, Tensor) and isinstance(new := values.get(name), Tensor) and new is not value:
-                    if self.tape is not None and self.tape.find(new) is None:  # else it is made anew in the graph
-                        with self._unrecorded():
-                            self.doubtful.append((module, name, new.detach().clone()))
+                new = values.get(name)
+                if not isinstance(value, Tensor) or not isinstance(new, Tensor) or new is value:
+                    continue
+                if self.tape is not None and self.tape.find(new) is None:  # else it is made anew in the graph
+                    with self._unrecorded():
+                        self.doubtful.append((module, name, new.detach().clone()))
 
     def remembers(self, value: Any) -> bool | None:
         """Whether a value holds something of the call: True for values, False for what sizes and constants give."""
@@ -1378,7 +978,7 @@ class Session(TorchFunctionMode):
         found = self.made.get(id(tensor))
         return found is not None and found[1] is not self.tape and found[0]() is tensor
 
-    def note_made(self, result: Any, by: _Tape | None) -> Any:
+    def note_made(self, result: Any, by: Tape | None) -> Any:
         """Note who made the tensors in a result: what is being recorded, or Python that is not."""
         for value in leaves(result):
             if isinstance(value, Tensor):
@@ -1390,7 +990,7 @@ class Session(TorchFunctionMode):
         self.failed, self.failed_in = UnrecordableError(reason), self.tape.frames[-1:] if self.tape else []
         raise self.failed
 
-    def _raise_swallowed(self, frame: _Frame) -> None:
+    def _raise_swallowed(self, frame: Frame) -> None:
         """Models may catch everything that is raised in them."""
         if self.failed is not None and self.failed_in == [frame]:
             raise self.failed
@@ -1402,12 +1002,26 @@ _NOTHING: Any = object()
 quiet = torch._C.DisableTorchFunction
 
 
+def _holds_numbers(kind: tuple[Any, ...]) -> bool:
+    """Whether a container among the arguments holds numbers."""
+    match kind:
+        case "sequence", *kinds:
+            return any(_is_number(item) or _holds_numbers(item) for item in kinds)
+        case (("dict" | "object"), *entries):
+            return any(_is_number(item[1]) or _holds_numbers(item[1]) for item in entries if isinstance(item, tuple))
+    return False
+
+
+def _is_number(kind: tuple[Any, ...]) -> bool:
+    return kind[0] == "constant" and type(kind[1]) in (int, float)
+
+
 def _is_about_nothing(number: Number, outcome: bool) -> bool:
     """Whether a decision is one between something and nothing: a size, or a product of sizes, is not 0."""
     match number.function, number.operands:
-        case (operator.gt | operator.ne), (Number() as size, 0):
+        case ((operator.gt | operator.ne), (Number() as size, 0)):
             return outcome and _is_product(size)
-        case (operator.eq | operator.le), (Number() as size, 0):
+        case ((operator.eq | operator.le), (Number() as size, 0)):
             return not outcome and _is_product(size)
         case operator.ge, (Number() as size, 1):
             return outcome and _is_product(size)
@@ -1463,62 +1077,3 @@ def _cloned(call: Call) -> Call:
     """Arguments on copies of their tensors."""
     args, kwargs = clones((tuple(call[0]), dict(call[1])))
     return args, kwargs
-
-
-def _tidy(tape: _Tape) -> None:
-    """Ask for conditions first, leave out what takes containers apart and is not read, and numbers that nothing needs."""
-    for node in [node for node in tape.graph.nodes if node.target is torch._assert]:
-        _move_up(node, set())
-    for node in reversed(tape.graph.nodes):
-        is_idle = not node.users and (node in tape.containers or node.op == "get_attr" or node.meta.get("kind") == "other")
-        if is_idle and node.op in ("call_function", "call_method", "get_attr") and not node.is_impure():
-            tape.graph.erase_node(node)
-
-
-def _move_up(node: Node, moved: set[Node]) -> None:
-    """Put a condition, and the numbers that it is about, right behind what these are sizes of."""
-    moved.add(node)
-    for source in node.all_input_nodes:
-        if source.meta.get("kind") == "other" and source.op.startswith("call") and source not in moved:
-            _move_up(source, moved)
-    last = max(node.all_input_nodes, default=None)
-    while last is not None and last.next.op == "placeholder":
-        last = last.next
-    if last is not None and last.next is not node:
-        last.append(node)
-
-
-def said(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
-    """A call in the words of the graph: methods by name, Python's operators as its functions, functions as themselves."""
-    if isinstance(func, OpOverload):
-        rank = args[0].dim() if args and isinstance(args[0], Tensor) else None
-        return aten.said(func, args, kwargs, rank)
-    if name == "__get__":
-        return "call_function", getattr, (args[0], func.__self__.__name__), {}
-    own = getattr(Tensor, name, None)
-    is_method = own is not None and (own is func or own == func or _owner(func).startswith(("Tensor.", "TensorBase.")))
-    if not is_method:
-        known = getattr(torch, name, None)
-        return "call_function", known if known == func else func, args, kwargs
-    plain = name.removesuffix("_") if not name.startswith("__") else name
-    if plain in _ARITHMETIC and not kwargs and len(args) == (1 if plain == "neg" else 2) and "out" not in kwargs:
-        if name.endswith("_") and plain in ("neg", "matmul"):
-            return "call_method", name, args, kwargs
-        word = ("i" if name.endswith("_") else "") + _ARITHMETIC[plain]
-        return "call_function", getattr(operator, word), args, {}
-    if name.startswith("__") and name.endswith("__"):
-        word = name.strip("_")
-        if hasattr(operator, name):
-            return "call_function", getattr(operator, name), args, kwargs
-        reflected = {"rdiv": "truediv"}.get(word, word[1:])
-        if word.startswith("r") and hasattr(operator, reflected):
-            return "call_function", getattr(operator, reflected), args[::-1], kwargs
-    return "call_method", name, args, kwargs
-
-
-def _named(node: Node) -> str:
-    return str(node.target) if node.op == "placeholder" else f"{node.name} in {node.meta.get('scope')}"
-
-
-def _owner(func: Any) -> str:
-    return str(getattr(func, "__qualname__", ""))

@@ -2,8 +2,8 @@
 
 ``x.shape[2]`` is a number in Python and a value of the graph. Here it is both: a ``torch.SymInt``, which torch takes
 wherever it takes an int, whose arithmetic is written down as it happens. Python that *decides* by such a number (a
-branch, a loop, an index, a key of a dict) gets the number of the example, and the recorder is told, so that the decision
-becomes a condition of the graph.
+branch, a loop, an index, a key of a dict) gets the number of the example, and the recorder is told, so that the
+decision becomes a condition of the graph.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Number:
 
     def __init__(self, recorder: Any, function: Any, operands: tuple[Any, ...], hint: Any) -> None:
         self.recorder, self.function, self.operands, self.hint = recorder, function, operands, hint
-        self.key = (function, *(item.key if isinstance(item, Number) else (type(item), item) for item in operands))
+        self.key: Any = (function, *(item.key if isinstance(item, Number) else (type(item), item) for item in operands))
         self.node: Node | None = None
 
     def sources(self) -> Iterator[Number]:
@@ -151,13 +151,13 @@ def period(number: Any) -> int | None:
         return None
     shared = math.lcm(*periods)  # type: ignore[arg-type]
     match number.function, number.operands:
-        case (operator.add | operator.sub | operator.neg | operator.pos), _:
+        case ((operator.add | operator.sub | operator.neg | operator.pos), _):
             return shared
         case operator.mul, (a, b) if not (isinstance(a, Number) and isinstance(b, Number)):
             return shared
-        case (operator.floordiv | operator.mod | operator.truediv), (Number(), int(divisor)) if divisor > 0:
+        case ((operator.floordiv | operator.mod | operator.truediv), (Number(), int(divisor))) if divisor > 0:
             return shared * divisor
-        case (math.ceil | math.floor), (Number(),):
+        case ((math.ceil | math.floor), (Number(),)):
             return shared
     return None
 
@@ -351,33 +351,41 @@ for _name_, _function in (
     setattr(_Arithmetic, f"__r{_name_}__", _binary(_function, reflected=True))
 for _function in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge):
     setattr(_Arithmetic, f"__{_function.__name__}__", _binary(_function))
-for _function in (operator.neg, operator.pos, operator.abs, operator.invert, math.floor, math.ceil, math.trunc, round):
-    setattr(_Arithmetic, f"__{_function.__name__}__", _unary(_function))
-_Arithmetic.__sym_max__ = _binary(max)  # type: ignore[attr-defined]  # torch's own, for those who want no decision
-_Arithmetic.__sym_min__ = _binary(min)  # type: ignore[attr-defined]
-_Arithmetic.__sym_float__ = _unary(torch.sym_float)  # type: ignore[attr-defined]
-_Arithmetic.__sym_int__ = _unary(math.trunc)  # type: ignore[attr-defined]
-_Arithmetic.__sym_not__ = _unary(operator.not_)  # type: ignore[attr-defined]
-_Arithmetic.__divmod__ = lambda self, other: (self // other, self % other)  # type: ignore[attr-defined]
-_Arithmetic.__rdivmod__ = lambda self, other: (other // self, other % self)  # type: ignore[attr-defined]
+_UNARY: dict[str, Callable[..., Any]] = {
+    **{f.__name__: f for f in (operator.neg, operator.pos, operator.abs, operator.invert)},
+    **{f.__name__: f for f in (math.floor, math.ceil, math.trunc, round)},
+}
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    **{name: _unary(function) for name, function in _UNARY.items()},
+    # torch's own, for those who want no decision.
+    "sym_max": _binary(max),
+    "sym_min": _binary(min),
+    "sym_float": _unary(torch.sym_float),
+    "sym_int": _unary(math.trunc),
+    "sym_not": _unary(operator.not_),
+    "divmod": lambda self, other: (self // other, self % other),
+    "rdivmod": lambda self, other: (other // self, other % self),
+}
+for _name_, _function in _SPECIAL.items():
+    setattr(_Arithmetic, f"__{_name_}__", _function)
 
 
 class Size(_Arithmetic, torch.SymInt):
     """An int."""
 
-    __class__ = property(lambda self: int)  # type: ignore[assignment]  # as Python that asks would have it
+    __class__ = property(lambda self: int)  # as Python that asks would have it
 
 
 class Ratio(_Arithmetic, torch.SymFloat):
     """A float."""
 
-    __class__ = property(lambda self: float)  # type: ignore[assignment]
+    __class__ = property(lambda self: float)
 
 
 class Decision(_Arithmetic, torch.SymBool):
     """A bool, which is a decision once Python asks for it."""
 
-    __class__ = property(lambda self: bool)  # type: ignore[assignment]
+    __class__ = property(lambda self: bool)
 
 
 OURS = (Size, Ratio, Decision)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.capture.copies import ATOMS, OWN_DICTS, ROOT_HOOKS, storage_of, tensor_storages
+from reparam.capture.modes import below
 
 # Whether a value holds something of a call (True), something that sizes and constants alone give (False), or neither.
 Remembers = Callable[[Any], "bool | None"]
@@ -69,7 +70,9 @@ class State:
             pairs = list(zip(old_items, new_items, strict=False))
             more = new_items[len(old_items) :]
             # How many there are says how often it was called, unless what came with them is of sizes or constants.
-            gone = len(new_items) < len(old_items) or any(remembers is None or remembers(item) is not False for item in more)
+            gone = len(new_items) < len(old_items) or any(
+                remembers is None or remembers(item) is not False for item in more
+            )
         return gone or any(_differ(before, after, remembers) for before, after in pairs)
 
     def changed(self) -> bool:
@@ -148,7 +151,9 @@ def written_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
     for argument in schema.arguments:
         if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in silent:
             value = named.get(argument.name)
-            yield from (item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Tensor))
+            yield from (
+                item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Tensor)
+            )
 
 
 @contextmanager
@@ -156,7 +161,7 @@ def writes_undone(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back what is written to the tensors of some modules."""
     kept = Writes(tensor_storages(modules))
     try:
-        with _Undone(kept):
+        with below(_Undone(kept)):
             yield
     finally:
         kept.undo()

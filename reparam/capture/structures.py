@@ -1,0 +1,50 @@
+"""Nested tuples, lists, dicts and slices, as calls have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What nested tuples, lists, dicts and slices hold."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif type(value) is slice:
+        yield from (value.start, value.stop, value.step)
+    else:
+        yield value
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists, dicts and slices with a function applied to what they hold."""
+    if isinstance(value, torch.Size):
+        return tuple(function(item) for item in value)
+    if isinstance(value, tuple):
+        items = [mapped(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [mapped(item, function) for item in value]
+    if isinstance(value, dict):
+        return {key: mapped(item, function) for key, item in value.items()}
+    if type(value) is slice:
+        return slice(function(value.start), function(value.stop), function(value.step))
+    return function(value)
+
+
+def containers(value: Any) -> Iterator[list[Any]]:
+    """All lists in nested tuples, lists and dicts."""
+    if isinstance(value, list):
+        yield value
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from containers(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from containers(item)

@@ -1,0 +1,374 @@
+"""The record of one module: its graph, which node every live tensor is, and what it depends on."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.utils.weak import TensorWeakRef
+
+from reparam import facts, views
+from reparam.capture import aten
+from reparam.capture.copies import storage_of, tensors_in
+from reparam.capture.sizes import SYMBOLIC, Number, symbolic
+from reparam.capture.structures import containers
+from reparam.conditions import Argument, assertion
+from reparam.report import Remark
+
+if TYPE_CHECKING:
+    from reparam.capture.recording import Session
+
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+# What an argument may be besides tensors and numbers.
+_PLAIN = (bool, int, float, complex, str)
+_SETTINGS = (torch.memory_format, torch.layout)
+
+
+@dataclass
+class Recorded:
+    """A module as it was recorded.
+
+    Attributes:
+        root: The module.
+        graph: What it computes; None when it has to stay Python, which a remark says why.
+        modules: The modules in it by path, itself at the empty one.
+        call: Its arguments, on copies of the tensors.
+        output: What it returned.
+        outputs: What its methods returned, where it was run as Python.
+        remarks: Which modules were left opaque, and on what the graph depends.
+        parts: Modules in opaque ones that were recorded by themselves, by path.
+        alike: Whether all of its calls were of one kind.
+        made: Tensors and modules that the graph refers to, which the root does not hold yet.
+        numbers: How the nodes that are numbers are computed.
+        shapes: Of the values of nodes that are tensors.
+        by_size: Whether something was decided by sizes, or would have been.
+        draws: Whether it drew random numbers.
+        arguments: What has to stay the same of a call.
+    """
+
+    root: nn.Module
+    graph: Graph | None
+    modules: dict[str, nn.Module]
+    call: Call
+    output: Any = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
+    parts: dict[str, Recorded] = field(default_factory=dict)
+    alike: bool = True
+    made: dict[str, Any] = field(default_factory=dict)
+    by_size: bool = False
+    draws: bool = False
+    numbers: dict[Node, Number] = field(default_factory=dict)
+    shapes: dict[Node, Any] = field(default_factory=dict)
+    arguments: tuple[Argument, ...] = ()
+
+
+@dataclass(eq=False)
+class Frame:
+    """A module that is being recorded."""
+
+    path: str
+    module: nn.Module
+    last: Node | None
+    journal: int
+    conditions: int
+    remarks: int
+    serial: int
+    arguments: list[tuple[Any, Any]]
+    oldest_write: float = math.inf
+    dtypes: dict[torch.dtype, Node] = field(default_factory=dict)
+    handed_on: set[torch.dtype] = field(default_factory=set)
+
+
+class RestartError(BaseException):
+    """What was recorded of a module cannot be taken back, as it wrote to memory that was there before."""
+
+
+class Tape:
+    """The record of one module: its graph, and which node every live tensor is."""
+
+    def __init__(self, session: Session, root: nn.Module, prefix: str, is_part: bool) -> None:
+        self.session, self.root, self.prefix, self.is_part = session, root, prefix, is_part
+        self.graph = Graph()
+        self.modules = dict(root.named_modules())
+        self.paths = {module: path for path, module in reversed(self.modules.items())}
+        self.known: dict[int, tuple[TensorWeakRef, Node]] = {}
+        self.journal: list[tuple[int, Any]] = []
+        self.constants: dict[int, tuple[Tensor, str]] = {}
+        for path, module in self.modules.items():
+            for name, tensor in tensors_in(module):
+                self.constants.setdefault(id(tensor), (tensor, f"{path}.{name}" if path else name))
+        self.made: dict[str, Any] = {}
+        self.frames: list[Frame] = []
+        self.conditions: list[tuple[Any, ...]] = []
+        self.remarks: list[Remark] = []
+        self.arguments: list[Argument] = []
+        self.settled = 0
+        self.ordered: list[Node] = []
+        self.births: dict[int, int] = {}
+        self.written: set[int] = set()
+        self.valueless: set[Node] = set()
+        self.uncertain: set[Node] = set()
+        self.numbers: dict[Any, Node] = {}
+        self.number_nodes: dict[Node, Number] = {}
+        self.containers: list[Node] = []
+        self.shapes: dict[Node, torch.Size] = {}
+        self.autocast = _autocast()
+
+    # Nodes.
+
+    def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Node:
+        """A node at the end of the graph, with its facts."""
+        if _autocast() != self.autocast:
+            self.session.refuse("it changes the precision that operations run in (autocast)")
+        node = self.graph.create_node(op, target, args, dict(kwargs or {}))
+        node.meta["scope"] = self.frames[-1].path if self.frames else ""
+        sources = node.all_input_nodes
+        if op.startswith("call"):
+            if all(source in self.valueless or not _reads_values(node, source) for source in sources):
+                self.valueless.add(node)
+            if any(source in self.uncertain for source in sources):
+                self.uncertain.add(node)
+        elif op == "get_attr":
+            self.valueless.add(node)
+        self.ordered.append(node)
+        return node
+
+    def note(self, node: Node, value: Any, module: nn.Module | None = None) -> None:
+        """Write down what the run shows of a node's value."""
+        facts.note_value(node, value)
+        facts.note_example(node, value)
+        if isinstance(value, Tensor):
+            self.shapes[node] = value.shape
+            if not self.session.given:
+                del node.meta["shape"]
+        facts.note(node, module)
+
+    def bind(self, tensor: Tensor, node: Node) -> None:
+        """From here on, a tensor is the value of a node."""
+        key = id(tensor)
+        self.journal.append((key, self.known.get(key)))
+        self.known[key] = TensorWeakRef(tensor), node
+        self.births.setdefault(storage_of(tensor), len(self.journal))
+
+    def find(self, tensor: Tensor) -> Node | None:
+        """The node that a tensor is the value of, None for a constant."""
+        found = self.known.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def is_activation(self, value: Any) -> bool:
+        """Whether a value is a tensor that depends on the inputs."""
+        return isinstance(value, Tensor) and self.find(value) is not None
+
+    def results(self, value: Any, node: Node, module: nn.Module | None = None, seen: tuple[int, ...] = ()) -> bool:
+        """Bind every tensor in a result, whatever it is wrapped in; whether it holds plain numbers, too."""
+        self.note(node, value, module)
+        if isinstance(value, Tensor):
+            self.bind(value, node)
+            return False
+        if isinstance(value, (bool, int, float)):
+            return True
+        parts: Iterable[tuple[Any, Any]] = ()
+        how: Any = operator.getitem
+        if isinstance(value, Mapping):
+            parts = value.items()
+        elif isinstance(value, (tuple, list)):
+            parts = enumerate(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
+            parts, how = vars(value).items(), getattr
+        numbers = False
+        for key, part in list(parts) if id(value) not in seen else ():
+            if part is None or isinstance(part, (str, torch.dtype, torch.device)):
+                continue
+            op, target, args, kwargs = aten.said(how, (node, key), {}, None)
+            inner = self.node(op, target, args, kwargs)
+            self.containers.append(inner if target is how else node)
+            numbers = self.results(part, inner, None, (*seen, id(value))) or numbers
+        return numbers
+
+    def argument(self, value: Any) -> Any:
+        """An argument of a call as the graph has it."""
+        if isinstance(value, Tensor):
+            return self.find(value) or self.constant(value)
+        if isinstance(value, SYMBOLIC):
+            return self.number(value.node)
+        if isinstance(value, torch.dtype):
+            frame = next((frame for frame in reversed(self.frames) if value in frame.dtypes), None)
+            if frame is None:
+                return value
+            frame.handed_on.add(value)
+            return self.attribute(frame.dtypes[value], "dtype", value)
+        if isinstance(value, torch.device):
+            given = next((node for node in self.graph.nodes if node.meta.get("device") == value), None)
+            return self.attribute(given, "device", value) if given is not None else value
+        if value is None or value is Ellipsis or type(value) in _PLAIN or isinstance(value, _SETTINGS):
+            return value
+        for plain in _PLAIN:
+            if isinstance(value, plain):  # a subclass
+                base: Any = plain
+                return base(value)
+        if isinstance(value, torch.Size):
+            return tuple(map(self.argument, value))
+        if type(value).__module__ == "numpy" and hasattr(value, "item") and not getattr(value, "shape", ()):
+            return value.item()
+        return self.session.refuse(f"a {type(value).__name__} is among the arguments of a call")
+
+    def attribute(self, node: Node, name: str, value: Any) -> Node:
+        """An attribute of a value that is no tensor."""
+        made = self.node("call_function", getattr, (node, name))
+        self.valueless.add(made)
+        self.note(made, value)
+        return made
+
+    def constant(self, tensor: Tensor) -> Node:
+        """A tensor that does not depend on the inputs: the model's own, or one that was computed from such."""
+        if self.session.hides(tensor):
+            self.session.refuse("it reads a value that was made inside of Python that is not recorded")
+        if storage_of(tensor) in self.written:
+            self.session.refuse("it reads memory that was written to under another name")
+        if id(tensor) not in self.constants:
+            self.constants[id(tensor)] = tensor, self.name_for(f"_constant{len(self.made)}", tensor)
+        node = self.node("get_attr", self.constants[id(tensor)][1])
+        node.meta.update(kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape))
+        facts.note(node)
+        return node
+
+    def name_for(self, name: str, value: Any) -> str:
+        """A name under which the root will hold something new."""
+        while hasattr(self.root, name) or name in self.made:
+            name += "_"
+        self.made[name] = value
+        return name
+
+    # Numbers.
+
+    def number(self, number: Number) -> Node:
+        """Where the graph computes a number."""
+        known = self.numbers.get(number.key)
+        if known is not None and not known._erased:
+            return known
+        match number.function, number.operands:
+            case None, (node, *_):
+                return node  # type: ignore[no-any-return]
+            case "size", (value, axis):
+                made = self.node("call_method", "size", (value, axis))
+            case function, operands:
+                args = tuple(self.number(item) if isinstance(item, Number) else item for item in operands)
+                made = self.node("call_function", function, args)
+        made.meta.update(kind="other", example=number.hint)
+        facts.note(made)
+        self.valueless.add(made)
+        self.numbers[number.key] = made
+        self.number_nodes[made] = number
+        return made
+
+    def require(self, outcome: Node, what: str) -> None:
+        """Check at every call that a comparison comes out as it did."""
+        self.node("call_function", torch._assert, (outcome, assertion(what))).meta["kind"] = "other"
+
+    def size(self, tensor: Tensor, axis: int) -> Any:
+        """The size of an activation along an axis, as Python gets it: an int where layers settle it."""
+        node = self.find(tensor)
+        assert node is not None
+        axis = axis % tensor.dim()
+        views.settle(self._unsettled(), self.modules)
+        found = views.size(node, axis)
+        if isinstance(found, int):
+            return found
+        value, axis = found if found is not None else (node, axis)
+        if value.op == "get_attr" or value._erased:
+            return tensor.size(axis)
+        return symbolic(Number(self.session, "size", (value, axis), self.shapes.get(value, tensor.shape)[axis]))
+
+    def _unsettled(self) -> list[Node]:
+        nodes = [node for node in self.ordered[self.settled :] if not node._erased]
+        self.settled = len(self.ordered)
+        return nodes
+
+    # Modules.
+
+    def push(self, path: str, module: nn.Module, args: Any) -> Frame:
+        """Begin with a module."""
+        frame = Frame(
+            path, module, next(iter(reversed(self.graph.nodes)), None), len(self.journal), len(self.conditions),
+            len(self.remarks), len(self.journal), [(item, list(item)) for item in containers(args)],
+        )  # fmt: skip
+        self.frames.append(frame)
+        return frame
+
+    def roll_back(self, frame: Frame) -> None:
+        """Take back all that was recorded since a module was begun with.
+
+        Raises:
+            RestartError: It has written to memory that was there before.
+        """
+        del self.frames[self.frames.index(frame) :]
+        for node in reversed(self.graph.nodes):
+            if node is frame.last:
+                break
+            self.graph.erase_node(node)
+        for key, previous in reversed(self.journal[frame.journal :]):
+            if previous is None:
+                self.known.pop(key, None)
+            else:
+                self.known[key] = previous
+        del self.journal[frame.journal :], self.conditions[frame.conditions :], self.remarks[frame.remarks :]
+        while self.ordered and self.ordered[-1]._erased:
+            self.ordered.pop()
+        self.settled = min(self.settled, len(self.ordered))
+        self.session.state.restore(frame.module.modules())
+        if frame.oldest_write <= frame.serial:
+            raise RestartError(frame.path)
+        for container, items in frame.arguments:
+            if isinstance(container, list):
+                container[:] = items
+
+
+def _reads_values(node: Node, source: Node) -> bool:
+    """Whether a node reads the values of another, and not just its shape and type."""
+    name = facts.target_name(node)
+    like = name.startswith("new_") or (name.endswith("_like") and not name.startswith("rand"))
+    return not (facts.reads_only_metadata_of(node, source) or (like and node.args[:1] == (source,)))
+
+
+def _autocast() -> tuple[Any, ...]:
+    """What automatic mixed precision does at the moment; a graph cannot say that it changes."""
+    return tuple(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda"))
+
+
+def named(node: Node) -> str:
+    """A value, for a message."""
+    return str(node.target) if node.op == "placeholder" else f"{node.name} in {node.meta.get('scope')}"
+
+
+def tidy(tape: Tape) -> None:
+    """Ask for conditions first; leave out what takes containers apart and is not read, and numbers nobody needs."""
+    for node in [node for node in tape.graph.nodes if node.target is torch._assert]:
+        _move_up(node, set())
+    for node in reversed(tape.graph.nodes):
+        is_idle = not node.users and (
+            node in tape.containers or node.op == "get_attr" or node.meta.get("kind") == "other"
+        )
+        if is_idle and node.op in ("call_function", "call_method", "get_attr") and not node.is_impure():
+            tape.graph.erase_node(node)
+
+
+def _move_up(node: Node, moved: set[Node]) -> None:
+    """Put a condition, and the numbers that it is about, right behind what these are sizes of."""
+    moved.add(node)
+    for source in node.all_input_nodes:
+        if source.meta.get("kind") == "other" and source.op.startswith("call") and source not in moved:
+            _move_up(source, moved)
+    last = max(node.all_input_nodes, default=None)
+    while last is not None and last.next.op == "placeholder":
+        last = last.next
+    if last is not None and last.next is not node:
+        last.append(node)

@@ -1,0 +1,98 @@
+"""What is noticed while a model runs: operators below the recorder, looks into modules, pieces of unknown number."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reparam.capture.sizes import Number
+from reparam.capture.state import may_write, written_by
+from reparam.capture.structures import leaves
+
+if TYPE_CHECKING:
+    from reparam.capture.recording import Session
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
+
+
+class Pieces(tuple[Any, ...]):
+    """Several parts of a value. How many there are depends on its size, and is decided by when Python asks."""
+
+    number: Any
+    session: Session
+
+    def __new__(cls, parts: Iterable[Any], session: Session, number: Any) -> Pieces:
+        """The parts, and their number."""
+        made = super().__new__(cls, parts)
+        made.session, made.number = session, number
+        return made
+
+    def __len__(self) -> int:
+        return int(self.number)
+
+    def __iter__(self) -> Iterator[Any]:
+        int(self.number)
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is int and index >= 0:
+            at_least = Number(self.session, operator.gt, (self.number.node, index), True)
+            self.session.decide(at_least, True, small=True)
+        else:
+            int(self.number)
+        return super().__getitem__(index)
+
+
+class Watched(dict[str, Any]):
+    """The children or the tensors of a module, and who is to be told when one is taken out by name.
+
+    What is done with those that are only gone through is seen where it is done.
+    """
+
+    def __init__(self, values: dict[str, Any], tell: Callable[[], None]) -> None:
+        super().__init__(values)
+        self.tell = tell
+
+    def __getitem__(self, key: str) -> Any:
+        self.tell()
+        return super().__getitem__(key)
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class Net(TorchDispatchMode):
+    """Below the recorder: what reads an activation unseen, writes to the model, or has to run at every call."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.session = session
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        session, kwargs = self.session, kwargs or {}
+        tape = session.tape
+        session.draws = session.draws or torch.Tag.nondeterministic_seeded in func.tags
+        if tape is None or session.paused:
+            if may_write(func):
+                session.writes_of_python.note(func, args, kwargs)
+            return session.note_made(func(*args, **kwargs), None)
+        reads = any(isinstance(value, Tensor) and tape.find(value) is not None for value in leaves((args, kwargs)))
+        if not session.inside and reads:
+            session.refuse(f"{func} reads an activation unseen")
+        if not session.inside and torch.Tag.nondeterministic_seeded in func.tags:
+            session.refuse(f"it draws random numbers ({func})")
+        if torch.Tag.dynamic_output_shape in func.tags and (
+            func is not torch.ops.aten.index.Tensor or any(_is_mask(item) for item in leaves(args[1]))
+        ):
+            session.shapes_by_value = True
+        if may_write(func):
+            for tensor in written_by(func, args, kwargs):
+                session.writes(tensor, func)
+        return session.note_made(func(*args, **kwargs), tape)
