@@ -549,9 +549,11 @@ class _Reference:
             tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
             anything = float("inf")
             rounding = compare(exact, _double(self.expected), anything).largest_error
-            # A model of float64 says how much it amplifies rounding when its inputs are rounded otherwise.
+            # How much a model amplifies rounding shows when its inputs are rounded otherwise, as its precision has it.
+            own = [torch.finfo(t.dtype).eps for t in _tensors_of(self.call) if t.is_floating_point()]
             for units in (1, -1, 2):
-                nudged = torch.utils._pytree.tree_map_only(Tensor, partial(_nudged, units), (args, kwargs))
+                nudge = partial(_nudged, units * max(own, default=0.0))
+                nudged = torch.utils._pytree.tree_map_only(Tensor, nudge, (args, kwargs))
                 amplified = run(self._called(capturing.private_copy(self.model).double()), *nudged)
                 rounding = max(rounding, compare(exact, amplified, anything).largest_error)
             allowed = min(_ROUNDINGS * rounding, 1.0)
@@ -581,9 +583,9 @@ def _tensors_of(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _nudged(units: int, x: Tensor) -> Tensor:
-    """A tensor whose numbers are rounded otherwise, by so many units in the last place."""
-    return x * (1 + units * torch.finfo(x.dtype).eps) if x.is_floating_point() else x
+def _nudged(by: float, x: Tensor) -> Tensor:
+    """A tensor whose numbers are a little larger."""
+    return x * (1 + by) if x.is_floating_point() else x
 
 
 class _Method(nn.Module):

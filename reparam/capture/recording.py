@@ -88,7 +88,7 @@ class Session(TorchFunctionMode):
         self.by_size = self.shapes_by_value = False
         self.doubtful: list[tuple[nn.Module, str, Any]] = []
         self.collecting: list[list[tuple[Number, bool]]] = []
-        self.refused_size = False
+        self.refused_size = self.watching = False
         self.holders: dict[int, set[nn.Module]] = {}
         self.running: list[nn.Module] = []  # modules that run as Python
         self.read: set[nn.Module] = set()
@@ -113,7 +113,7 @@ class Session(TorchFunctionMode):
         while True:
             self.stack, self.parts, self.inside, self.paused = [], [{}], 0, 0
             self.failed = self.genuine = None
-            self.doubtful, self.running, self.read = [], [], set()
+            self.doubtful, self.running, self.read, self.made = [], [], set(), {}
             with self._intercepting():
                 self.state = State(self.modules)
                 self.holders = {}
@@ -127,6 +127,9 @@ class Session(TorchFunctionMode):
                         if isinstance(recorded, str):
                             recorded = self._run_as_python(entries or [("forward", call)], recorded)
                     recorded.by_size, recorded.draws = self.by_size, self.draws
+                    if recorded.parts and not self.watching:
+                        self.watching = True  # now that there is Python that stays, and parts that it might look into
+                        continue
                     if again := self._read_parts(recorded):
                         self.opaque |= again
                         continue
@@ -294,7 +297,7 @@ class Session(TorchFunctionMode):
             for name, item in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
                 if any(isinstance(leaf, Tensor) for leaf in leaves(item)) or hasattr(item, "__dict__"):
                     inner = tape.node("call_function", operator.getitem, (node, name))
-                    tape.containers.append(inner)
+                    tape.containers.add(inner)
                     tape.note(inner, item)
                     self._open(tape, inner, item)
         elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
@@ -323,7 +326,8 @@ class Session(TorchFunctionMode):
     def _intercepting(self) -> Iterator[None]:
         """See the calls of all modules of the private copy, and who looks into them."""
         seen = [module for module in self.modules if module is not self.root and _is_plainly_called(module)]
-        looked_into = [module for module in self.modules if type(module.__dict__.get("_modules")) is dict]
+        watched = self.modules if self.watching else []
+        looked_into = [module for module in watched if type(module.__dict__.get("_modules")) is dict]
         try:
             for module in seen:
                 module.__dict__["_compiled_call_impl"] = partial(self._called, module)

@@ -119,7 +119,7 @@ class Tape:
         self.uncertain: set[Node] = set()
         self.numbers: dict[Any, Node] = {}
         self.number_nodes: dict[Node, Number] = {}
-        self.containers: list[Node] = []
+        self.containers: set[Node] = set()
         self.shapes: dict[Node, torch.Size] = {}
         self.autocast = _autocast()
 
@@ -190,7 +190,7 @@ class Tape:
                 continue
             op, target, args, kwargs = aten.said(how, (node, key), {}, None)
             inner = self.node(op, target, args, kwargs)
-            self.containers.append(inner if target is how else node)
+            self.containers.add(inner if target is how else node)
             numbers = self.results(part, inner, None, (*seen, id(value))) or numbers
         return numbers
 
