@@ -49,31 +49,39 @@ def forgotten(root: nn.Module, call: Any) -> Iterator[bool]:
 
 
 def _caches(root: nn.Module, call: Any, state: State) -> list[tuple[nn.Module, str]]:
-    """Attributes that a call with inputs of another size replaces."""
+    """Attributes that a call with inputs of another size replaces, and one with inputs of the same size does not."""
     modules = list(state.attributes)
     try:
-        if _other(root, call, state, restore=False) is None:
+        _run(root, call, state, restore=False)
+        warm = State(modules)
+        _run(root, call, warm, restore=False)
+        counted = _changed(warm)
+        warm.restore(modules)
+        if _other(root, call, warm, restore=False) is None:
             return []
-        found = [
-            (module, name)
-            for module, attributes in state.attributes.items()
-            for name, value in attributes.items()
-            if name not in ("_parameters", "_buffers", "_modules") and _differs(value, module.__dict__.get(name))
-        ]
-        found += [
-            (module, name)
-            for module, contents in state.contents.items()
-            for name, value in contents.get("_buffers", {}).items()
-            if module._buffers.get(name) is not value
-        ]
-        return found + [
-            (module, name)
-            for module, contents in state.contents.items()
-            for name, value in contents.items()
-            if name not in ("_parameters", "_buffers", "_modules") and not same_items(value, module.__dict__.get(name))
-        ]
+        return [item for item in _changed(warm) if item not in counted]
     finally:
         state.restore(modules)
+
+
+def _changed(state: State) -> list[tuple[nn.Module, str]]:
+    """Attributes that are not what they were: modules, and names."""
+    own = ("_parameters", "_buffers", "_modules")
+    found = [
+        (module, name)
+        for module, attributes in state.attributes.items()
+        for name, value in attributes.items()
+        if name not in own and _differs(value, module.__dict__.get(name))
+    ]
+    for module, contents in state.contents.items():
+        buffers = contents.get("_buffers", {})
+        found += [(module, name) for name, value in buffers.items() if module._buffers.get(name) is not value]
+        found += [
+            (module, name)
+            for name, value in contents.items()
+            if name not in own and not same_items(value, module.__dict__.get(name))
+        ]
+    return found
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:
