@@ -49,9 +49,9 @@ from reparam.verify import clones
 _VIEWS = frozenset("T mT H mH real imag data".split())
 _HARMLESS = frozenset(
     """dim ndimension is_floating_point is_complex is_signed is_conj is_neg is_inference is_quantized get_device
-    element_size has_names __hash__ is_nonzero_static is_coalesced is_sparse_any is_pinned is_shared requires_grad_
-    register_hook retain_grad __dir__ is_tensor __reversed_hash__ is_distributed""".split()
-) - {"is_nonzero_static", "is_tensor", "__reversed_hash__"}
+    element_size has_names __hash__ is_coalesced is_pinned is_shared requires_grad_ register_hook retain_grad __dir__
+    is_distributed""".split()
+)
 _LAYOUT = frozenset("stride is_contiguous storage_offset data_ptr storage untyped_storage is_set_to".split())
 # Functions whose number of results depends on the size of an axis.
 _SEVERAL = frozenset("chunk split tensor_split unbind unsafe_chunk unsafe_split hsplit vsplit dsplit".split())
