@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils.weak import TensorWeakRef
 
 from reparam import aliasing, facts
 from reparam.capture import aten
+from reparam.capture.caches import differs
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.demands import is_demanded, is_guarded
 from reparam.capture.modes import below
@@ -123,9 +125,10 @@ class Session(TorchFunctionMode):
                 try:
                     with torch.random.fork_rng(devices=()), torch.no_grad(), self, below(Net(self)):
                         recorded = "" if entries else self._record(self.root, "", _cloned(call), self.root.forward)
-                        self._check_constants(call)
+                        calls = entries or [("forward", call)]
                         if isinstance(recorded, str):
-                            recorded = self._run_as_python(entries or [("forward", call)], recorded)
+                            recorded = self._run_as_python(calls, recorded)
+                        self._check_constants(calls)
                     recorded.by_size, recorded.draws = self.by_size, self.draws
                     if recorded.parts and not self.watching:
                         self.watching = True  # now that there is Python that stays, and parts that it might look into
@@ -155,17 +158,18 @@ class Session(TorchFunctionMode):
                 found |= self._read_parts(part)
         return found
 
-    def _check_constants(self, call: Call) -> None:
-        """Run the root once more where it replaced tensors of its own by others: they must come out the same again.
+    def _check_constants(self, calls: Sequence[tuple[str, Call]]) -> None:
+        """Run the root once more where tensors were replaced by others: they must come out the same again.
 
         Raises:
             RestartError: They do not; the modules that hold them are opaque from now on.
         """
         if not self.doubtful:
             return
-        args, kwargs = _cloned(call)
-        self.root.forward(*args, **kwargs)
-        others = [item for item in self.doubtful if not _is_same_tensor(item[2], _held(item[0], item[1]))]
+        for name, call in calls:
+            args, kwargs = _cloned(call)
+            getattr(self.root, name)(*args, **kwargs)
+        others = [item for item in self.doubtful if not _is_same(item[2], _held(item[0], item[1]))]
         self.doubtful = []
         for module, name, _ in others:
             self.opaque[module] = f"it changes its own {name} at every call"
@@ -675,10 +679,7 @@ class Session(TorchFunctionMode):
         inner = set(module.modules())
         for part in inner:
             for name, value in self.state.attributes[part].items():
-                held = part.__dict__.get(name)
-                if held is not value and (
-                    type(held) is not type(value) or isinstance(held, (Tensor, nn.Module)) or held != value
-                ):
+                if differs(value, part.__dict__.get(name)):
                     return f"the Python around it sets its {name}"
             for name in self.state.contents[part]:
                 if (
@@ -951,9 +952,11 @@ class Session(TorchFunctionMode):
     def _check_state(self, module: nn.Module) -> None:
         """Refuse what a module comes to hold; what seems to come from constants alone is looked at again later."""
         self.state.check(module, self.remembers)
-        for name, old in self.state.contents[module].items():
-            if name not in ("_modules", "_parameters", "_buffers") and not same_items(old, module.__dict__[name]):
-                self.doubtful.append((module, name, copy.copy(module.__dict__[name])))
+        replaced = [
+            name
+            for name, old in self.state.contents[module].items()
+            if name not in ("_modules", "_parameters", "_buffers") and not same_items(old, module.__dict__[name])
+        ]
         for values, old in ((module.__dict__, self.state.attributes), (module._buffers, None)):
             before = old[module] if old is not None else self.state.contents[module].get("_buffers", {})
             for name, value in before.items():
@@ -961,8 +964,9 @@ class Session(TorchFunctionMode):
                 if not isinstance(value, Tensor) or not isinstance(new, Tensor) or new is value:
                     continue
                 if self.tape is not None and self.tape.find(new) is None:  # else it is made anew in the graph
-                    with self._unrecorded():
-                        self.doubtful.append((module, name, new.detach().clone()))
+                    replaced.append(name)
+        with self._unrecorded():
+            self.doubtful += [(module, name, clones(copy.copy(_held(module, name)))) for name in replaced]
 
     def remembers(self, value: Any) -> bool | None:
         """Whether a value holds something of the call: True for values, False for what sizes and constants give."""
@@ -1067,10 +1071,11 @@ def _held(module: nn.Module, name: str) -> Any:
     return module._buffers[name] if name in module._buffers else module.__dict__.get(name)
 
 
-def _is_same_tensor(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor):
-        return len(a) == len(b)
-    return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two values hold the same tensors."""
+    pairs = list(zip_longest(leaves(a), leaves(b)))
+    tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor) or isinstance(y, Tensor)]
+    return all(type(x) is type(y) and x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in tensors)
 
 
 def _is_printable(value: Any) -> bool:
