@@ -445,7 +445,7 @@ def _checked_rules(passes: Sequence[Rule] | None) -> Sequence[Rule]:
 
 
 def _dtypes(captured: capturing.Capture) -> tuple[dict[str, torch.dtype], torch.dtype]:
-    """Precision of every module's own parameters, and of most of them; of what it computes with where there are none."""
+    """Precision of every module's own parameters, and of most of them; where there are none, of what is computed."""
     dtypes = {}
     for path, module in captured.modules.items():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -454,8 +454,8 @@ def _dtypes(captured: capturing.Capture) -> tuple[dict[str, torch.dtype], torch.
                 break
     if kinds := list(dtypes.values()):
         return dtypes, max(kinds, key=kinds.count)
-    held = [tensor for module in captured.modules.values() for _, tensor in capturing.tensors_in(module) if tensor.dim()]
-    kinds = [tensor.dtype for tensor in (*held, *_tensors_of(captured.call)) if tensor.is_floating_point()]
+    held = [tensor for module in captured.modules.values() for _, tensor in capturing.tensors_in(module)]
+    kinds = [x.dtype for x in (*held, *_tensors_of(captured.call)) if x.dim() and x.is_floating_point()]
     return dtypes, reduce(torch.promote_types, kinds) if kinds else torch.get_default_dtype()
 
 

@@ -1073,9 +1073,10 @@ def _held(module: nn.Module, name: str) -> Any:
 
 def _is_same(a: Any, b: Any) -> bool:
     """Whether two values hold the same tensors."""
-    pairs = list(zip_longest(leaves(a), leaves(b)))
-    tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor) or isinstance(y, Tensor)]
-    return all(type(x) is type(y) and x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in tensors)
+    pairs = [pair for pair in zip_longest(leaves(a), leaves(b)) if any(isinstance(x, Tensor) for x in pair)]
+    return all(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs
+    )
 
 
 def _is_printable(value: Any) -> bool:
