@@ -34,10 +34,10 @@ from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.demands import is_demanded, is_guarded
 from reparam.capture.modes import below
 from reparam.capture.paths import DifferError, Path, Tree, merged, other_calls
-from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_always, symbolic, words
+from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_always, pinned, symbolic, words
 from reparam.capture.state import State, UnrecordableError, Writes, same_items
 from reparam.capture.structures import leaves, mapped
-from reparam.capture.tape import Call, Frame, Recorded, RestartError, Tape, named, tidy
+from reparam.capture.tape import Call, Frame, Recorded, RestartError, Tape, tidy
 from reparam.capture.watching import Net, Pieces, Watched
 from reparam.capture.words import said
 from reparam.conditions import Argument, kind_of
@@ -94,7 +94,8 @@ class Session(TorchFunctionMode):
         self.holders: dict[int, set[nn.Module]] = {}
         self.running: list[nn.Module] = []  # modules that run as Python
         self.read: set[nn.Module] = set()
-        self.wrote = self.draws = False
+        self.wrote: set[int] = set()  # the memory that the last call wrote to
+        self.draws = 0  # calls that drew random numbers
         self.given_constants: dict[int, list[Tensor]] = {}
         self.snapshots: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -129,7 +130,7 @@ class Session(TorchFunctionMode):
                         if isinstance(recorded, str):
                             recorded = self._run_as_python(calls, recorded)
                         self._check_constants(calls)
-                    recorded.by_size, recorded.draws = self.by_size, self.draws
+                    recorded.by_size, recorded.draws = self.by_size, bool(self.draws)
                     if recorded.parts and not self.watching:
                         self.watching = True  # now that there is Python that stays, and parts that it might look into
                         continue
@@ -634,6 +635,7 @@ class Session(TorchFunctionMode):
 
     def _note_writes(self, tape: Tape, arguments: Any) -> None:
         """A module that is not recorded may write to what it is given."""
+        tape.filled({storage_of(leaf) for leaf in leaves(arguments) if isinstance(leaf, Tensor)})
         for leaf in leaves(arguments):
             if isinstance(leaf, Tensor):
                 for frame in tape.frames:
@@ -766,6 +768,8 @@ class Session(TorchFunctionMode):
             case "__iter__":
                 return iter(first.unbind(0) if int(tape.size(first, 0)) else ())
             case "__contains__" | "__bool__" | "__array__" | "item" | "tolist" | "numpy" | "__repr__" | "__format__":
+                if name not in ("__array__", "numpy") and self._is_settled(tape, (args, kwargs)):
+                    return self._run(func, args, kwargs)
                 self.refuse(f"it asks for the value of an activation ({name})")
             case _ if name in _LAYOUT:
                 self.refuse(f"it asks how an activation lies in memory ({name})")
@@ -787,13 +791,15 @@ class Session(TorchFunctionMode):
             return self._run(func, args, kwargs)
         if self.free and is_guarded():
             self.refuse("it would catch an error of what it calls, which may depend on its input")
-        self.shapes_by_value = False
+        self.shapes_by_value, drew = False, self.draws
         result = self._run(func, args, kwargs)
         found = list(leaves(result))
         if not all(isinstance(leaf, Tensor) for leaf in found):
             if result is None or all(isinstance(leaf, (Tensor, type(None))) for leaf in found):
                 pass  # an item that is set; a result that may be left out
-            elif isinstance(result, (torch.dtype, torch.device)):
+            elif isinstance(result, (torch.dtype, torch.device)) or (
+                drew == self.draws and not self.wrote and self._is_settled(tape, (args, kwargs))
+            ):
                 return result
             else:
                 self.refuse(f"{name} makes something else than tensors of an activation")
@@ -802,6 +808,10 @@ class Session(TorchFunctionMode):
         node = tape.node(op, target, *given)
         if self.shapes_by_value:
             tape.uncertain.add(node)
+        if self.draws > drew:
+            tape.valueless.discard(node)
+        if node not in tape.valueless:
+            tape.filled(self.wrote)
         if result is None:
             node.meta["kind"] = "other"
         else:
@@ -844,7 +854,7 @@ class Session(TorchFunctionMode):
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function that is written down, with numbers in the place of symbolic ones."""
-        self.snapshots, self.wrote = {}, False
+        self.snapshots, self.wrote = {}, set()
         self.given_constants = self._constants_among(args, kwargs)
         self.inside += 1
         try:
@@ -883,7 +893,7 @@ class Session(TorchFunctionMode):
         """Told before a tensor is written to."""
         tape, storage = self.tape, storage_of(tensor)
         assert tape is not None
-        self.wrote = True
+        self.wrote.add(storage)
         if storage in self.storages:
             self.refuse(f"it writes to its own tensors ({func})")
         born = tape.births.get(storage, 0)
@@ -943,11 +953,21 @@ class Session(TorchFunctionMode):
     def _type_conditions(self, tape: Tape, frame: Frame) -> None:
         """A module that asked for a type and did not hand it on may have decided by it."""
         for dtype, node in frame.dtypes.items():
-            if dtype not in frame.handed_on and (dtype, node) not in tape.conditions:
-                tape.conditions.append((dtype, node))
-                same = tape.node("call_function", operator.eq, (tape.attribute(node, "dtype", dtype), dtype))
-                same.meta["kind"] = "other"
-                tape.require(same, f"{named(node)} is of {dtype}")
+            if dtype not in frame.handed_on:
+                tape.require_type(node, dtype)
+
+    def _is_settled(self, tape: Tape, values: Any) -> bool:
+        """Whether values are computed from sizes and constants alone: these sizes stay those of the example, then."""
+        found = list(leaves(values))
+        nodes = [node for leaf in found if isinstance(leaf, Tensor) and (node := tape.find(leaf)) is not None]
+        if self.free or any(node not in tape.valueless for node in nodes):
+            return False
+        with quiet():
+            for leaf in found:
+                if isinstance(leaf, SYMBOLIC):
+                    pinned(leaf.node)
+            tape.settle(nodes)
+        return True
 
     def _check_state(self, module: nn.Module) -> None:
         """Refuse what a module comes to hold; what seems to come from constants alone is looked at again later."""

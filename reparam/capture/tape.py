@@ -17,7 +17,7 @@ from torch.utils.weak import TensorWeakRef
 from reparam import facts, views
 from reparam.capture import aten
 from reparam.capture.copies import storage_of, tensors_in
-from reparam.capture.sizes import SYMBOLIC, Number, symbolic
+from reparam.capture.sizes import SYMBOLIC, Number, pinned, symbolic
 from reparam.capture.structures import containers
 from reparam.conditions import Argument, assertion
 from reparam.report import Remark
@@ -248,6 +248,12 @@ class Tape:
         self.made[name] = value
         return name
 
+    def filled(self, storages: set[int]) -> None:
+        """Values were written to some memory: what lies in it is no longer made of sizes and constants alone."""
+        for ref, node in self.known.values() if storages else ():
+            if node in self.valueless and (tensor := ref()) is not None and storage_of(tensor) in storages:
+                self.valueless.discard(node)
+
     # Numbers.
 
     def number(self, number: Number) -> Node:
@@ -274,19 +280,51 @@ class Tape:
         """Check at every call that a comparison comes out as it did."""
         self.node("call_function", torch._assert, (outcome, assertion(what))).meta["kind"] = "other"
 
+    def require_type(self, node: Node, dtype: torch.dtype) -> None:
+        """Check at every call that a value is of a type."""
+        if (dtype, node) not in self.conditions:
+            self.conditions.append((dtype, node))
+            same = self.node("call_function", operator.eq, (self.attribute(node, "dtype", dtype), dtype))
+            same.meta["kind"] = "other"
+            self.require(same, f"{named(node)} is of {dtype}")
+
     def size(self, tensor: Tensor, axis: int) -> Any:
         """The size of an activation along an axis, as Python gets it: an int where layers settle it."""
         node = self.find(tensor)
         assert node is not None
-        axis = axis % tensor.dim()
+        return self._size(node, axis % tensor.dim(), tensor.shape)
+
+    def _size(self, node: Node, axis: int, shape: torch.Size) -> Any:
         views.settle(self._unsettled(), self.modules)
         found = views.size(node, axis)
         if isinstance(found, int):
             return found
         value, axis = found if found is not None else (node, axis)
         if value.op == "get_attr" or value._erased:
-            return tensor.size(axis)
-        return symbolic(Number(self.session, "size", (value, axis), self.shapes.get(value, tensor.shape)[axis]))
+            return shape[axis]
+        return symbolic(Number(self.session, "size", (value, axis), self.shapes.get(value, shape)[axis]))
+
+    def settle(self, nodes: Iterable[Node]) -> None:
+        """The sizes and types that some values were made of are those of the example from here on."""
+        pending, seen = list(nodes), set[Node]()
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.number_nodes:
+                pinned(self.number_nodes[node])
+                continue
+            for source in node.all_input_nodes:
+                if source in self.valueless:
+                    pending.append(source)
+                    continue
+                read = str(node.args[1]) if node.target is getattr else facts.target_name(node)
+                if read != "device":
+                    self.require_type(source, source.meta["dtype"])
+                if read not in ("device", "dtype") and not read.startswith("new_"):
+                    for axis in range(len(self.shapes[source])):
+                        int(self._size(source, axis, self.shapes[source]))
 
     def _unsettled(self) -> list[Node]:
         nodes = [node for node in self.ordered[self.settled :] if not node._erased]

@@ -78,7 +78,7 @@ class Net(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         session, kwargs = self.session, kwargs or {}
         tape = session.tape
-        session.draws = session.draws or torch.Tag.nondeterministic_seeded in func.tags
+        session.draws += torch.Tag.nondeterministic_seeded in func.tags
         if tape is None or session.paused:
             if may_write(func):
                 session.writes_of_python.note(func, args, kwargs)
