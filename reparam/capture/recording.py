@@ -87,7 +87,7 @@ class Session(TorchFunctionMode):
         self.failed: UnrecordableError | None = None
         self.failed_in: list[Frame] = []
         self.genuine: BaseException | None = None
-        self.by_size = self.shapes_by_value = False
+        self.by_size = self.shapes_by_value = self.foreign = False
         self.doubtful: list[tuple[nn.Module, str, Any]] = []
         self.collecting: list[list[tuple[Number, bool]]] = []
         self.refused_size = self.watching = False
@@ -791,7 +791,7 @@ class Session(TorchFunctionMode):
             return self._run(func, args, kwargs)
         if self.free and is_guarded():
             self.refuse("it would catch an error of what it calls, which may depend on its input")
-        self.shapes_by_value, drew = False, self.draws
+        self.shapes_by_value, self.foreign, drew = False, False, self.draws
         result = self._run(func, args, kwargs)
         found = list(leaves(result))
         if not all(isinstance(leaf, Tensor) for leaf in found):
@@ -808,6 +808,8 @@ class Session(TorchFunctionMode):
         node = tape.node(op, target, *given)
         if self.shapes_by_value:
             tape.uncertain.add(node)
+        if self.foreign:
+            tape.foreign.add(node)
         if self.draws > drew:
             tape.valueless.discard(node)
         if node not in tape.valueless:
@@ -918,7 +920,7 @@ class Session(TorchFunctionMode):
         if any(condition[:2] == (number.key, outcome) for condition in tape.conditions):
             return
         said = words(number, outcome)
-        if is_always(number, outcome, 0):
+        if is_always(number, outcome, 0) or (not self.collecting and tape.follows(number)):
             return
         sources = list(number.sources())
         if is_always(number, outcome, 1):

@@ -92,6 +92,8 @@ class Net(TorchDispatchMode):
             func is not torch.ops.aten.index.Tensor or any(_is_mask(item) for item in leaves(args[1]))
         ):
             session.shapes_by_value = True
+        if func.namespace != "aten" or torch.Tag.data_dependent_output in func.tags:
+            session.foreign = True
         if may_write(func):
             for tensor in written_by(func, args, kwargs):
                 session.writes(tensor, func)

@@ -184,6 +184,80 @@ def test_a_decision_by_sizes_is_said_and_checked(forward: Any, said: str, good: 
     assert f"compiled for inputs where {said}; " in str(error.value)
 
 
+def _pads_by_the_size(net: Any, x: Tensor) -> Tensor:
+    for _ in range(3):
+        padding = [1] if x.shape[2] in {9: 1} else [int(x.shape[2]) % 2]
+        x = net.same(F.max_pool2d(F.pad(x, (0, 0, *padding, 0)), 2) + 1).relu()
+    return net.block(x)
+
+
+def _several_views(net: Any, x: Tensor) -> Tensor:
+    assert x.shape[2] == 9
+    assert x.shape[3] == 8
+    y = net.block(x)
+    if len({y.shape[2]: 1, y.flatten(2).shape[2]: 2, y.mT.flatten(2).shape[2] // 2: 3}) == 3:
+        return y
+    return -y
+
+
+@pytest.mark.parametrize(("forward", "said"), [(_pads_by_the_size, ["the height of x is 9"]), (_several_views, [])])
+def test_what_follows_from_conditions_is_none(forward: Any, said: list[str]) -> None:
+    model = Net(forward)
+    model.same = nn.Conv2d(3, 3, 3, padding=1)
+    randomise(model).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x, sizes="example")
+    assert [remark.message for remark in result.report.remarks if remark.kind == "capture"] == [
+        f"only for inputs where {condition}" for condition in said
+    ]
+    with torch.no_grad():
+        other = torch.randn(5, 3, 9, 8, dtype=torch.float64)
+        compare(model(other), result(other), 1e-9)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x[x > 0]
+
+
+LIBRARY = torch.library.Library("reparam_tests_sizes", "FRAGMENT")
+LIBRARY.define("positive(Tensor x) -> Tensor")
+LIBRARY.impl("positive", _positive, "CPU")
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda x: x.shape[3],
+        lambda x: x[..., 1:].shape[3],
+        lambda x: x.mT.shape[2],
+        lambda x: x.flatten(1).shape[1],
+        lambda x: x.reshape(-1, 3).shape[0],
+        lambda x: x[0, :, 0].T[None, 1:, 0].shape[1],
+        lambda x: torch.cat([x[0, 0], x[0, 1]], 1).shape[1],
+        lambda x: (x + x[:1, :1, :1]).shape[3],
+        lambda x: F.conv2d(x, torch.ones(1, 3, 1, 1, dtype=x.dtype)).shape[3],
+        lambda x: torch.ops.reparam_tests_sizes.positive(x[0, 0, :, 0]).shape[0] * 0 + x.shape[0],
+        lambda x: torch.ops.reparam_tests_sizes.positive(x[0, 0, :, 0]).shape[0],
+        lambda x: x.repeat_interleave(1 + (x[0, 0, :, 0] > 0).long(), 2).shape[2],
+    ],
+)
+def test_what_does_not_follow_is_still_a_condition(count: Callable[[Tensor], Any]) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        assert x.shape[2] == 9
+        return net.block(x) * {int(count(x)): 2.0}.get(count(x), 1.0) * int(count(x))
+
+    model = randomise(Net(forward)).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x, sizes="example")
+    with torch.no_grad():
+        for other in (torch.randn(3, 3, 9, 7, dtype=torch.float64), x.abs() + 1, -x.abs() - 1, torch.randn_like(x)):
+            try:
+                found = result(other)
+            except ConditionError:
+                continue
+            compare(model(other), found, 1e-9)
+
+
 def _masked(net: Any, x: Tensor) -> Tensor:
     mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool)
     mask[:, 7:] = False
