@@ -1094,10 +1094,13 @@ def _held(module: nn.Module, name: str) -> Any:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two values hold the same tensors."""
-    pairs = [pair for pair in zip_longest(leaves(a), leaves(b)) if any(isinstance(x, Tensor) for x in pair)]
+    """Whether two values hold as much, and the same tensors."""
+    pairs = list(zip_longest(leaves(a), leaves(b), fillvalue=_NOTHING))
     return all(
-        isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+        if isinstance(x, Tensor) or isinstance(y, Tensor)
+        else (x is _NOTHING) == (y is _NOTHING)
+        for x, y in pairs
     )
 
 
