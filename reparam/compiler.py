@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -310,7 +310,7 @@ def _compile_graph(captured: capturing.Capture, options: _Options, name: str) ->
     modules = captured.modules
     parts = _compile_parts(captured, options)
     graph, outcome, before = _rewritten(captured, options, parts.before)
-    used = emit.emit(graph, *_dtypes(modules))
+    used = emit.emit(graph, *_dtypes(captured))
     aliasing.work_in_place(graph.fx, used)
     compiled = CompiledModel(used, graph.fx, name)
     compiled.meta["arguments"] = captured.arguments
@@ -445,16 +445,19 @@ def _checked_rules(passes: Sequence[Rule] | None) -> Sequence[Rule]:
     return list(passes)
 
 
-def _dtypes(modules: Mapping[str, nn.Module]) -> tuple[dict[str, torch.dtype], torch.dtype]:
-    """Precision of every module's own parameters, and of most of them."""
+def _dtypes(captured: capturing.Capture) -> tuple[dict[str, torch.dtype], torch.dtype]:
+    """Precision of every module's own parameters, and of most of them; where there are none, of what is computed."""
     dtypes = {}
-    for path, module in modules.items():
+    for path, module in captured.modules.items():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.is_floating_point():
                 dtypes[path] = tensor.dtype
                 break
-    kinds = list(dtypes.values())
-    return dtypes, max(kinds, key=kinds.count) if kinds else torch.get_default_dtype()
+    if kinds := list(dtypes.values()):
+        return dtypes, max(kinds, key=kinds.count)
+    held = [tensor for module in captured.modules.values() for _, tensor in capturing.tensors_in(module)]
+    kinds = [x.dtype for x in (*held, *_tensors_of(captured.call)) if x.dim() and x.is_floating_point()]
+    return dtypes, reduce(torch.promote_types, kinds) if kinds else torch.get_default_dtype()
 
 
 def _finish(compiled: nn.Module, shared: frozenset[int], trainable: bool) -> None:
@@ -550,12 +553,16 @@ class _Reference:
             tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
             anything = float("inf")
             rounding = compare(exact, _double(self.expected), anything).largest_error
-            # How much a model amplifies rounding shows when its inputs are rounded otherwise, as its precision has it.
+            # How much a model amplifies rounding shows when it and its inputs are rounded otherwise, as their precision
+            # has it: what picks the largest of numbers that are equal on paper picks others.
             own = [torch.finfo(t.dtype).eps for t in _tensors_of(self.call) if t.is_floating_point()]
             for units in (1, -1, 2):
                 nudge = partial(_nudged, units * max(own, default=0.0))
+                model = capturing.private_copy(self.model).double()
+                for tensor in (*model.parameters(), *model.buffers()):
+                    tensor.data = nudge(tensor.data)
                 nudged = torch.utils._pytree.tree_map_only(Tensor, nudge, (args, kwargs))
-                amplified = run(self._called(capturing.private_copy(self.model).double()), *nudged)
+                amplified = run(self._called(model), *nudged)
                 rounding = max(rounding, compare(exact, amplified, anything).largest_error)
             allowed = min(_ROUNDINGS * rounding, 1.0)
             if compare(exact, _double(actual), anything).largest_error <= allowed:

@@ -534,6 +534,24 @@ def size(node: Node, axis: int) -> Size:
             return node, axis
 
 
+def origins(node: Node, axis: int) -> list[tuple[Node, int]] | None:
+    """The axes of its inputs that the size of a result's axis is computed from, beside numbers that it is given; None
+    when that is not known, and it may be all of them."""
+    moved, known, rank = axes(node), node.meta.get("channels"), node.meta.get("rank")
+    name, sources = facts.target_name(node), node.all_input_nodes
+    if rank is not None and (name in facts.ARITHMETIC or concatenates(node)):
+        tensors = [source for source in sources if source.meta.get("kind") != "other"]
+        if any(source.meta.get("rank") is None for source in tensors):
+            return None
+        found = [(source, axis - rank + source.meta["rank"]) for source in tensors]
+        return [item for item in found if item[1] >= 0]
+    if moved is not None and moved.merged is not None and axis == moved.merged[2]:
+        return [(sources[0], part) for part in range(moved.merged[0], moved.merged[1] + 1)]
+    layer = "layer" in node.meta and known is not None and known[1] != -1 and axis > 1  # a convolution
+    kept = moved is not None and moved.rank == moved.out_rank and all(to in (None, i) for i, to in enumerate(moved.to))
+    return [(sources[0], axis)] if layer or (kept and name != "getitem" and name not in _RESHAPES) else None
+
+
 def _asked_for(node: Node, moved: Axes, axis: int) -> int | None:
     """The size of an axis that a reshape makes, where it is given as a number."""
     name, arguments = facts.target_name(node), facts.Arguments(node)

@@ -71,7 +71,7 @@ def _changed(state: State) -> list[tuple[nn.Module, str]]:
         (module, name)
         for module, attributes in state.attributes.items()
         for name, value in attributes.items()
-        if name not in own and _differs(value, module.__dict__.get(name))
+        if name not in own and differs(value, module.__dict__.get(name))
     ]
     for module, contents in state.contents.items():
         buffers = contents.get("_buffers", {})
@@ -94,7 +94,8 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
         module.__dict__[name] = value
 
 
-def _differs(old: Any, new: Any) -> bool:
+def differs(old: Any, new: Any) -> bool:
+    """Whether an attribute is another one than before; tensors that are other objects are."""
     if old is new:
         return False
     try:

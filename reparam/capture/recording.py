@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,14 +29,15 @@ from torch.utils.weak import TensorWeakRef
 
 from reparam import aliasing, facts
 from reparam.capture import aten
+from reparam.capture.caches import differs
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.demands import is_demanded, is_guarded
 from reparam.capture.modes import below
 from reparam.capture.paths import DifferError, Path, Tree, merged, other_calls
-from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_always, symbolic, words
+from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_always, pinned, symbolic, words
 from reparam.capture.state import State, UnrecordableError, Writes, same_items
 from reparam.capture.structures import leaves, mapped
-from reparam.capture.tape import Call, Frame, Recorded, RestartError, Tape, named, tidy
+from reparam.capture.tape import Call, Frame, Recorded, RestartError, Tape, tidy
 from reparam.capture.watching import Net, Pieces, Watched
 from reparam.capture.words import said
 from reparam.conditions import Argument, kind_of
@@ -85,14 +87,15 @@ class Session(TorchFunctionMode):
         self.failed: UnrecordableError | None = None
         self.failed_in: list[Frame] = []
         self.genuine: BaseException | None = None
-        self.by_size = self.shapes_by_value = False
+        self.by_size = self.shapes_by_value = self.foreign = False
         self.doubtful: list[tuple[nn.Module, str, Any]] = []
         self.collecting: list[list[tuple[Number, bool]]] = []
         self.refused_size = self.watching = False
         self.holders: dict[int, set[nn.Module]] = {}
         self.running: list[nn.Module] = []  # modules that run as Python
         self.read: set[nn.Module] = set()
-        self.wrote = self.draws = False
+        self.wrote: set[int] = set()  # the memory that the last call wrote to
+        self.draws = 0  # calls that drew random numbers
         self.given_constants: dict[int, list[Tensor]] = {}
         self.snapshots: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -123,10 +126,11 @@ class Session(TorchFunctionMode):
                 try:
                     with torch.random.fork_rng(devices=()), torch.no_grad(), self, below(Net(self)):
                         recorded = "" if entries else self._record(self.root, "", _cloned(call), self.root.forward)
-                        self._check_constants(call)
+                        calls = entries or [("forward", call)]
                         if isinstance(recorded, str):
-                            recorded = self._run_as_python(entries or [("forward", call)], recorded)
-                    recorded.by_size, recorded.draws = self.by_size, self.draws
+                            recorded = self._run_as_python(calls, recorded)
+                        self._check_constants(calls)
+                    recorded.by_size, recorded.draws = self.by_size, bool(self.draws)
                     if recorded.parts and not self.watching:
                         self.watching = True  # now that there is Python that stays, and parts that it might look into
                         continue
@@ -155,17 +159,18 @@ class Session(TorchFunctionMode):
                 found |= self._read_parts(part)
         return found
 
-    def _check_constants(self, call: Call) -> None:
-        """Run the root once more where it replaced tensors of its own by others: they must come out the same again.
+    def _check_constants(self, calls: Sequence[tuple[str, Call]]) -> None:
+        """Run the root once more where tensors were replaced by others: they must come out the same again.
 
         Raises:
             RestartError: They do not; the modules that hold them are opaque from now on.
         """
         if not self.doubtful:
             return
-        args, kwargs = _cloned(call)
-        self.root.forward(*args, **kwargs)
-        others = [item for item in self.doubtful if not _is_same_tensor(item[2], _held(item[0], item[1]))]
+        for name, call in calls:
+            args, kwargs = _cloned(call)
+            getattr(self.root, name)(*args, **kwargs)
+        others = [item for item in self.doubtful if not _is_same(item[2], _held(item[0], item[1]))]
         self.doubtful = []
         for module, name, _ in others:
             self.opaque[module] = f"it changes its own {name} at every call"
@@ -630,6 +635,7 @@ class Session(TorchFunctionMode):
 
     def _note_writes(self, tape: Tape, arguments: Any) -> None:
         """A module that is not recorded may write to what it is given."""
+        tape.filled({storage_of(leaf) for leaf in leaves(arguments) if isinstance(leaf, Tensor)})
         for leaf in leaves(arguments):
             if isinstance(leaf, Tensor):
                 for frame in tape.frames:
@@ -675,10 +681,7 @@ class Session(TorchFunctionMode):
         inner = set(module.modules())
         for part in inner:
             for name, value in self.state.attributes[part].items():
-                held = part.__dict__.get(name)
-                if held is not value and (
-                    type(held) is not type(value) or isinstance(held, (Tensor, nn.Module)) or held != value
-                ):
+                if differs(value, part.__dict__.get(name)):
                     return f"the Python around it sets its {name}"
             for name in self.state.contents[part]:
                 if (
@@ -765,6 +768,8 @@ class Session(TorchFunctionMode):
             case "__iter__":
                 return iter(first.unbind(0) if int(tape.size(first, 0)) else ())
             case "__contains__" | "__bool__" | "__array__" | "item" | "tolist" | "numpy" | "__repr__" | "__format__":
+                if name not in ("__array__", "numpy") and self._is_settled(tape, (args, kwargs)):
+                    return self._run(func, args, kwargs)
                 self.refuse(f"it asks for the value of an activation ({name})")
             case _ if name in _LAYOUT:
                 self.refuse(f"it asks how an activation lies in memory ({name})")
@@ -786,13 +791,15 @@ class Session(TorchFunctionMode):
             return self._run(func, args, kwargs)
         if self.free and is_guarded():
             self.refuse("it would catch an error of what it calls, which may depend on its input")
-        self.shapes_by_value = False
+        self.shapes_by_value, self.foreign, drew = False, False, self.draws
         result = self._run(func, args, kwargs)
         found = list(leaves(result))
         if not all(isinstance(leaf, Tensor) for leaf in found):
             if result is None or all(isinstance(leaf, (Tensor, type(None))) for leaf in found):
                 pass  # an item that is set; a result that may be left out
-            elif isinstance(result, (torch.dtype, torch.device)):
+            elif isinstance(result, (torch.dtype, torch.device)) or (
+                drew == self.draws and not self.wrote and self._is_settled(tape, (args, kwargs))
+            ):
                 return result
             else:
                 self.refuse(f"{name} makes something else than tensors of an activation")
@@ -801,6 +808,12 @@ class Session(TorchFunctionMode):
         node = tape.node(op, target, *given)
         if self.shapes_by_value:
             tape.uncertain.add(node)
+        if self.foreign:
+            tape.foreign.add(node)
+        if self.draws > drew:
+            tape.valueless.discard(node)
+        if node not in tape.valueless:
+            tape.filled(self.wrote)
         if result is None:
             node.meta["kind"] = "other"
         else:
@@ -843,7 +856,7 @@ class Session(TorchFunctionMode):
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function that is written down, with numbers in the place of symbolic ones."""
-        self.snapshots, self.wrote = {}, False
+        self.snapshots, self.wrote = {}, set()
         self.given_constants = self._constants_among(args, kwargs)
         self.inside += 1
         try:
@@ -882,7 +895,7 @@ class Session(TorchFunctionMode):
         """Told before a tensor is written to."""
         tape, storage = self.tape, storage_of(tensor)
         assert tape is not None
-        self.wrote = True
+        self.wrote.add(storage)
         if storage in self.storages:
             self.refuse(f"it writes to its own tensors ({func})")
         born = tape.births.get(storage, 0)
@@ -907,7 +920,7 @@ class Session(TorchFunctionMode):
         if any(condition[:2] == (number.key, outcome) for condition in tape.conditions):
             return
         said = words(number, outcome)
-        if is_always(number, outcome, 0):
+        if is_always(number, outcome, 0) or (not self.collecting and tape.follows(number)):
             return
         sources = list(number.sources())
         if is_always(number, outcome, 1):
@@ -942,18 +955,30 @@ class Session(TorchFunctionMode):
     def _type_conditions(self, tape: Tape, frame: Frame) -> None:
         """A module that asked for a type and did not hand it on may have decided by it."""
         for dtype, node in frame.dtypes.items():
-            if dtype not in frame.handed_on and (dtype, node) not in tape.conditions:
-                tape.conditions.append((dtype, node))
-                same = tape.node("call_function", operator.eq, (tape.attribute(node, "dtype", dtype), dtype))
-                same.meta["kind"] = "other"
-                tape.require(same, f"{named(node)} is of {dtype}")
+            if dtype not in frame.handed_on:
+                tape.require_type(node, dtype)
+
+    def _is_settled(self, tape: Tape, values: Any) -> bool:
+        """Whether values are computed from sizes and constants alone: these sizes stay those of the example, then."""
+        found = list(leaves(values))
+        nodes = [node for leaf in found if isinstance(leaf, Tensor) and (node := tape.find(leaf)) is not None]
+        if self.free or any(node not in tape.valueless for node in nodes):
+            return False
+        with quiet():
+            for leaf in found:
+                if isinstance(leaf, SYMBOLIC):
+                    pinned(leaf.node)
+            tape.settle(nodes)
+        return True
 
     def _check_state(self, module: nn.Module) -> None:
         """Refuse what a module comes to hold; what seems to come from constants alone is looked at again later."""
         self.state.check(module, self.remembers)
-        for name, old in self.state.contents[module].items():
-            if name not in ("_modules", "_parameters", "_buffers") and not same_items(old, module.__dict__[name]):
-                self.doubtful.append((module, name, copy.copy(module.__dict__[name])))
+        replaced = [
+            name
+            for name, old in self.state.contents[module].items()
+            if name not in ("_modules", "_parameters", "_buffers") and not same_items(old, module.__dict__[name])
+        ]
         for values, old in ((module.__dict__, self.state.attributes), (module._buffers, None)):
             before = old[module] if old is not None else self.state.contents[module].get("_buffers", {})
             for name, value in before.items():
@@ -961,8 +986,9 @@ class Session(TorchFunctionMode):
                 if not isinstance(value, Tensor) or not isinstance(new, Tensor) or new is value:
                     continue
                 if self.tape is not None and self.tape.find(new) is None:  # else it is made anew in the graph
-                    with self._unrecorded():
-                        self.doubtful.append((module, name, new.detach().clone()))
+                    replaced.append(name)
+        with self._unrecorded():
+            self.doubtful += [(module, name, clones(copy.copy(_held(module, name)))) for name in replaced]
 
     def remembers(self, value: Any) -> bool | None:
         """Whether a value holds something of the call: True for values, False for what sizes and constants give."""
@@ -1067,10 +1093,15 @@ def _held(module: nn.Module, name: str) -> Any:
     return module._buffers[name] if name in module._buffers else module.__dict__.get(name)
 
 
-def _is_same_tensor(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor):
-        return len(a) == len(b)
-    return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two values hold as much, and the same tensors."""
+    pairs = list(zip_longest(leaves(a), leaves(b), fillvalue=_NOTHING))
+    return all(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+        if isinstance(x, Tensor) or isinstance(y, Tensor)
+        else (x is _NOTHING) == (y is _NOTHING)
+        for x, y in pairs
+    )
 
 
 def _is_printable(value: Any) -> bool:

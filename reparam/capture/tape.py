@@ -17,9 +17,10 @@ from torch.utils.weak import TensorWeakRef
 from reparam import facts, views
 from reparam.capture import aten
 from reparam.capture.copies import storage_of, tensors_in
-from reparam.capture.sizes import SYMBOLIC, Number, symbolic
+from reparam.capture.sizes import SYMBOLIC, Number, pinned, symbolic
 from reparam.capture.structures import containers
 from reparam.conditions import Argument, assertion
+from reparam.leaves import is_leaf
 from reparam.report import Remark
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Tape:
         self.written: set[int] = set()
         self.valueless: set[Node] = set()
         self.uncertain: set[Node] = set()
+        self.foreign: set[Node] = set()
         self.numbers: dict[Any, Node] = {}
         self.number_nodes: dict[Node, Number] = {}
         self.containers: set[Node] = set()
@@ -248,6 +250,12 @@ class Tape:
         self.made[name] = value
         return name
 
+    def filled(self, storages: set[int]) -> None:
+        """Values were written to some memory: what lies in it is no longer made of sizes and constants alone."""
+        for ref, node in self.known.values() if storages else ():
+            if node in self.valueless and (tensor := ref()) is not None and storage_of(tensor) in storages:
+                self.valueless.discard(node)
+
     # Numbers.
 
     def number(self, number: Number) -> Node:
@@ -274,19 +282,89 @@ class Tape:
         """Check at every call that a comparison comes out as it did."""
         self.node("call_function", torch._assert, (outcome, assertion(what))).meta["kind"] = "other"
 
+    def follows(self, number: Number) -> bool:
+        """Whether a number is what it was wherever the conditions so far hold, as the sizes that it comes of are."""
+        pinned = {key for key, outcome in self.conditions if outcome is True}
+        views.settle(self._unsettled(), self.modules)
+        pending: list[Any] = [*number.sources()]
+        seen: set[Any] = set()
+        while pending:
+            item = pending.pop()
+            if not isinstance(item, Number):  # an axis of a value, or all that a container holds
+                node, axis = item
+                found = None if axis is None else views.size(node, axis)
+                if type(found) is int or item in seen or node.op == "get_attr":
+                    continue
+                seen.add(item)
+                if found is not None and found != item:
+                    pending.append(found)
+                    continue
+                if axis is not None:
+                    item = Number(self.session, "size", (node, axis), self.shapes[node][axis])
+            if isinstance(item, Number):
+                if (operator.eq, item.key, (type(item.hint), item.hint)) in pinned:
+                    continue
+                if item.function is None:
+                    return False
+                node, axis = item.operands
+            module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+            if node.op == "placeholder" or node in self.uncertain | self.foreign or (module and not is_leaf(module)):
+                return False
+            origins = None if axis is None else views.origins(node, axis)
+            pending += origins or []
+            for source in node.all_input_nodes:
+                if source in self.number_nodes:
+                    pending += self.number_nodes[source].sources()
+                elif origins is None and source not in self.shapes:
+                    pending.append((source, None))
+                elif origins is None and _reads_shape(node, source):
+                    pending += [(source, other) for other in range(len(self.shapes[source]))]
+        return True
+
+    def require_type(self, node: Node, dtype: torch.dtype) -> None:
+        """Check at every call that a value is of a type."""
+        if (dtype, node) not in self.conditions:
+            self.conditions.append((dtype, node))
+            same = self.node("call_function", operator.eq, (self.attribute(node, "dtype", dtype), dtype))
+            same.meta["kind"] = "other"
+            self.require(same, f"{named(node)} is of {dtype}")
+
     def size(self, tensor: Tensor, axis: int) -> Any:
         """The size of an activation along an axis, as Python gets it: an int where layers settle it."""
         node = self.find(tensor)
         assert node is not None
-        axis = axis % tensor.dim()
+        return self._size(node, axis % tensor.dim(), tensor.shape)
+
+    def _size(self, node: Node, axis: int, shape: torch.Size) -> Any:
         views.settle(self._unsettled(), self.modules)
         found = views.size(node, axis)
         if isinstance(found, int):
             return found
         value, axis = found if found is not None else (node, axis)
         if value.op == "get_attr" or value._erased:
-            return tensor.size(axis)
-        return symbolic(Number(self.session, "size", (value, axis), self.shapes.get(value, tensor.shape)[axis]))
+            return shape[axis]
+        return symbolic(Number(self.session, "size", (value, axis), self.shapes.get(value, shape)[axis]))
+
+    def settle(self, nodes: Iterable[Node]) -> None:
+        """The sizes and types that some values were made of are those of the example from here on."""
+        pending, seen = list(nodes), set[Node]()
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.number_nodes:
+                pinned(self.number_nodes[node])
+                continue
+            for source in node.all_input_nodes:
+                if source in self.valueless:
+                    pending.append(source)
+                    continue
+                if node.target is not getattr or node.args[1] != "device":
+                    self.require_type(source, source.meta["dtype"])
+                if _reads_shape(node, source):
+                    for axis in range(len(self.shapes[source])):
+                        int(self._size(source, axis, self.shapes[source]))
 
     def _unsettled(self) -> list[Node]:
         nodes = [node for node in self.ordered[self.settled :] if not node._erased]
@@ -337,6 +415,15 @@ def _reads_values(node: Node, source: Node) -> bool:
     name = facts.target_name(node)
     like = name.startswith("new_") or (name.endswith("_like") and not name.startswith("rand"))
     return not (facts.reads_only_metadata_of(node, source) or (like and node.args[:1] == (source,)))
+
+
+def _reads_shape(node: Node, source: Node) -> bool:
+    """Whether the shape of another value has a say in what a node returns, and not just its type and place."""
+    if node.target is getattr and node.args[1] in ("dtype", "device"):
+        return False
+    return not (
+        facts.target_name(node).startswith("new_") and node.args[:1] == (source,) and source not in node.args[1:]
+    )
 
 
 def _autocast() -> tuple[Any, ...]:

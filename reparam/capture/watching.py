@@ -78,7 +78,7 @@ class Net(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         session, kwargs = self.session, kwargs or {}
         tape = session.tape
-        session.draws = session.draws or torch.Tag.nondeterministic_seeded in func.tags
+        session.draws += torch.Tag.nondeterministic_seeded in func.tags
         if tape is None or session.paused:
             if may_write(func):
                 session.writes_of_python.note(func, args, kwargs)
@@ -92,6 +92,8 @@ class Net(TorchDispatchMode):
             func is not torch.ops.aten.index.Tensor or any(_is_mask(item) for item in leaves(args[1]))
         ):
             session.shapes_by_value = True
+        if func.namespace != "aten" or torch.Tag.data_dependent_output in func.tags:
+            session.foreign = True
         if may_write(func):
             for tensor in written_by(func, args, kwargs):
                 session.writes(tensor, func)

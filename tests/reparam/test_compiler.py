@@ -379,6 +379,36 @@ def test_roots_that_are_layers(make: Callable[[], nn.Module], example: bool, x: 
     agree(network, reparam.compile(network, x if example else None), x)
 
 
+def test_numbers_that_are_equal_on_paper_may_change_places() -> None:
+    """Which of two equal numbers is the larger one is up to rounding."""
+
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.norm(self.conv(x.float().double()))  # whatever is changed in the last places of x is gone
+            return torch.stack([y.sum(1), y.flip(1).sum(1)]).argmax(0).double(), y
+
+    model = randomise(Choosing()).double().eval()
+    x = torch.rand(2, 3, 24, 24, dtype=torch.float64)
+    report = reparam.compile(model, x).report
+    assert any("rounds so much" in remark.message for remark in report.remarks)
+
+
+def test_a_model_without_parameters_computes_in_the_precision_of_its_input() -> None:
+    class Normalised(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mean, std = torch.as_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=x.dtype)
+            return (x - mean[:, None, None]) / std[:, None, None]
+
+    model, x = Normalised(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    result = reparam.compile(model, x)
+    assert result.report.after.kernels == 1
+    compare(model(x), result(x), 1e-12)
+
+
 def test_recurrent_and_attention_layers_are_left_alone() -> None:
     sequence = torch.randn(5, 2, 4)
     for network, args in ((nn.LSTM(4, 3), (sequence,)), (nn.MultiheadAttention(4, 2), (sequence,) * 3)):

@@ -363,3 +363,30 @@ def test_parameter_programs_of_a_child_run_once(norm: Any, example: bool, x: Ten
     result: Any = reparam.compile(model, x if example else None)
     assert result.report.after.convolutions == 1
     assert {name for name, _ in result.block.named_parameters()} == {"large.weight", "large.bias"}
+
+
+class Keeping(nn.Module):
+    """A convolution and its norm, and something that it makes anew at every call."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.make = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), make
+        self.kept = [torch.ones(2, dtype=torch.float64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.make(self.kept)
+        return self.norm(self.conv(x)) * self.kept[0].sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [(lambda kept: [kept[0] + 1], 1), (lambda kept: [kept[0] * 1], 0)],
+    ids=["another one", "the same"],
+)
+@pytest.mark.parametrize("keep_python", [True, False])
+def test_what_a_part_makes_anew_has_to_come_out_the_same(make: Any, left: int, keep_python: bool, x: Tensor) -> None:
+    model = randomise(Parent(lambda net, x: net.part(x), part=Keeping(make))).double().eval()
+    result = reparam.compile(model, x, keep_python=keep_python)
+    assert result.report.after.norms == left
+    for _ in range(3):
+        compare(model(x), result(x), 1e-9)

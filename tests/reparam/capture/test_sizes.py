@@ -184,6 +184,173 @@ def test_a_decision_by_sizes_is_said_and_checked(forward: Any, said: str, good: 
     assert f"compiled for inputs where {said}; " in str(error.value)
 
 
+def _pads_by_the_size(net: Any, x: Tensor) -> Tensor:
+    for _ in range(3):
+        padding = [1] if x.shape[2] in {9: 1} else [int(x.shape[2]) % 2]
+        x = net.same(F.max_pool2d(F.pad(x, (0, 0, *padding, 0)), 2) + 1).relu()
+    return net.block(x)
+
+
+def _several_views(net: Any, x: Tensor) -> Tensor:
+    assert x.shape[2] == 9
+    assert x.shape[3] == 8
+    y = net.block(x)
+    if len({y.shape[2]: 1, y.flatten(2).shape[2]: 2, y.mT.flatten(2).shape[2] // 2: 3}) == 3:
+        return y
+    return -y
+
+
+@pytest.mark.parametrize(("forward", "said"), [(_pads_by_the_size, ["the height of x is 9"]), (_several_views, [])])
+def test_what_follows_from_conditions_is_none(forward: Any, said: list[str]) -> None:
+    model = Net(forward)
+    model.same = nn.Conv2d(3, 3, 3, padding=1)
+    randomise(model).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x, sizes="example")
+    assert [remark.message for remark in result.report.remarks if remark.kind == "capture"] == [
+        f"only for inputs where {condition}" for condition in said
+    ]
+    with torch.no_grad():
+        other = torch.randn(5, 3, 9, 8, dtype=torch.float64)
+        compare(model(other), result(other), 1e-9)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x[x > 0]
+
+
+LIBRARY = torch.library.Library("reparam_tests_sizes", "FRAGMENT")
+LIBRARY.define("positive(Tensor x) -> Tensor")
+LIBRARY.impl("positive", _positive, "CPU")
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda x: x.shape[3],
+        lambda x: x[..., 1:].shape[3],
+        lambda x: x.mT.shape[2],
+        lambda x: x.flatten(1).shape[1],
+        lambda x: x.reshape(-1, 3).shape[0],
+        lambda x: x[0, :, 0].T[None, 1:, 0].shape[1],
+        lambda x: torch.cat([x[0, 0], x[0, 1]], 1).shape[1],
+        lambda x: (x + x[:1, :1, :1]).shape[3],
+        lambda x: F.conv2d(x, torch.ones(1, 3, 1, 1, dtype=x.dtype)).shape[3],
+        lambda x: torch.ops.reparam_tests_sizes.positive(x[0, 0, :, 0]).shape[0] * 0 + x.shape[0],
+        lambda x: torch.ops.reparam_tests_sizes.positive(x[0, 0, :, 0]).shape[0],
+        lambda x: x.repeat_interleave(1 + (x[0, 0, :, 0] > 0).long(), 2).shape[2],
+    ],
+)
+def test_what_does_not_follow_is_still_a_condition(count: Callable[[Tensor], Any]) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        assert x.shape[2] == 9
+        return net.block(x) * {int(count(x)): 2.0}.get(count(x), 1.0) * int(count(x))
+
+    model = randomise(Net(forward)).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x, sizes="example")
+    with torch.no_grad():
+        for other in (torch.randn(3, 3, 9, 7, dtype=torch.float64), x.abs() + 1, -x.abs() - 1, torch.randn_like(x)):
+            try:
+                found = result(other)
+            except ConditionError:
+                continue
+            compare(model(other), found, 1e-9)
+
+
+def _masked(net: Any, x: Tensor) -> Tensor:
+    mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool)
+    mask[:, 7:] = False
+    return net.block(x) if mask.all() else net.block(x) * mask[:, None, :, None]
+
+
+def _counted(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) * x.new_ones(x.shape[2]).sum().item() + int(torch.zeros_like(x[0, 0]).max())
+
+
+def _compared(net: Any, x: Tensor) -> Tensor:
+    ids = torch.arange(x.shape[3])
+    return net.block(x) if torch.equal(ids, ids.flip(0)) or 7 in ids else net.block(x) + 1
+
+
+@pytest.mark.parametrize("forward", [_masked, _counted, _compared])
+def test_a_value_that_sizes_alone_make_is_theirs(forward: Callable[..., Any]) -> None:
+    model = randomise(Net(forward)).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    assert "asks for the value" in str(reparam.compile(model, x).report) or forward is _compared
+    result = reparam.compile(model, x, sizes="example")
+    assert isinstance(result, torch.fx.GraphModule)
+    with torch.no_grad():
+        other = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+        compare(model(other), result(other), 1e-9)
+        for shape in ((2, 3, 6, 8), (2, 3, 9, 6), (1, 3, 9, 8)):
+            other = torch.randn(shape, dtype=torch.float64)
+            try:
+                found = result(other)
+            except ConditionError:
+                continue
+            compare(model(other), found, 1e-9)
+
+
+def _filled(net: Any, x: Tensor) -> Tensor:
+    room = torch.zeros(x.shape[0], 1)
+    room[:, 0] = x.mean((1, 2, 3)) > 0
+    return net.block(x) if room.all() else -net.block(x)
+
+
+def _filled_by_a_view(net: Any, x: Tensor) -> Tensor:
+    room = torch.zeros(x.shape[0], 1)
+    room[0].copy_(x[0, 0, 0, :1])
+    return net.block(x) if room.sum() > 0 else -net.block(x)
+
+
+def _filled_elsewhere(net: Any, x: Tensor) -> Tensor:
+    room = torch.zeros(x.shape[0], 1)
+    net.fill(x, room)
+    return net.block(x) if room.sum() > 0 else -net.block(x)
+
+
+def _drawn(net: Any, x: Tensor) -> Tensor:
+    return net.block(x) if torch.rand(x.shape[0]).sum() > 0 else -net.block(x)
+
+
+class Filling(nn.Module):
+    """Python that writes what it reads to what it is given."""
+
+    def forward(self, x: Tensor, room: Tensor) -> None:
+        room.fill_(x[0, 0, 0, 0].item())
+
+
+@pytest.mark.parametrize("forward", [_filled, _filled_by_a_view, _filled_elsewhere, _drawn])
+def test_a_value_that_is_more_than_sizes_is_asked_for_at_every_call(forward: Callable[..., Any]) -> None:
+    model = Net(forward)
+    model.fill = Filling()
+    randomise(model).double().eval()
+    x = torch.rand(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x, sizes="example")
+    assert not isinstance(result, torch.fx.GraphModule)
+    with torch.no_grad():
+        for inputs in (x, -x):
+            compare(model(inputs), result(inputs), 1e-9)
+
+
+def test_what_is_written_to_memory_that_is_kept_is_of_the_call() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        if net.kept is None:
+            net.kept = torch.zeros(x.shape[0], 1, 1, 1, dtype=x.dtype)
+            net.kept[:] = x.mean((1, 2, 3), keepdim=True)
+        return net.block(x) * net.kept
+
+    model = Net(forward)
+    model.kept = None
+    randomise(model).double().eval()
+    x = torch.rand(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x)
+    with torch.no_grad():
+        for inputs in (x, -x):
+            compare(model(inputs), result(inputs), 1e-9)
+
+
 def test_a_number_chosen_by_a_size_is_chosen_at_every_call() -> None:
     model = randomise(Net(_decides_by_batch)).double().eval()
     result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
