@@ -253,6 +253,22 @@ def test_a_child_that_changes_its_input_stays(example: bool, x: Tensor) -> None:
     assert norms_left(Parent(forward, first=first), x, example=example) == 0
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@both
+def test_an_activation_that_others_call_too_stays_what_it_is(in_place: bool, example: bool, x: Tensor) -> None:
+    act = nn.ReLU(inplace=in_place)
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.block(x) - 0.5
+        return net.act(x) + x
+
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), act)
+    model = Parent(forward, block=block, act=act)
+    assert norms_left(model, x, example=example) == 0
+    result: Any = reparam.compile(model, x if example else None)
+    assert (result.act.inplace, act.inplace) == (in_place, in_place)
+
+
 @both
 def test_a_child_whose_output_would_become_its_input_stays(example: bool, x: Tensor) -> None:
     class Scale(nn.Module):
