@@ -409,7 +409,7 @@ def _compile_parts(captured: capturing.Capture, options: _Options) -> _Parts:
         if work.before == work.after and not work.parts:
             parts.remarks += [_within(path, remark) for remark in work.remarks if remark.kind == "missed"]
             continue
-        install(module, compiled, seal=True)
+        install(module, compiled)
         work.remarks[:0] = part.remarks
         work.remarks = [_within(path, remark) for remark in work.remarks]
         parts.works[module] = work
