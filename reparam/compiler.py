@@ -29,7 +29,7 @@ from reparam.leaves import is_opaque
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
 from reparam.timing import collector_paused
-from reparam.verify import TOLERANCES, LargestMagnitude, as_call, compare, doubled, run
+from reparam.verify import TOLERANCES, LargestMagnitude, as_call, compare, doubled, relative_error, run
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -172,6 +172,7 @@ def _build(
             call = None if example_inputs is None else as_call(example_inputs)
             captured = capturing.capture(model, call, sizes=options.sizes)
         reference = _Reference(model, captured, example_inputs is not None, options.verify, options.methods)
+        reference.in_double = partial(_in_double, model, example_inputs, options)
     result: nn.Module
     if captured.traced:
         result, work = _compile_graph(captured, options, type(capturing.unwrapped(model)).__name__)
@@ -180,6 +181,12 @@ def _build(
         result, work = _compile_inside(captured, options)
     _finish(result, captured.storages, trainable)
     return _Built(model, captured, reference, result, work)
+
+
+def _in_double(model: nn.Module, example_inputs: Any, options: _Options) -> nn.Module:
+    """A model in float64, compiled in the same way."""
+    quietly = replace(options, verify=False, progress=None)
+    return _build(capturing.private_copy(model).double(), _double(example_inputs), quietly, False).result
 
 
 def _compile_for_latency(
@@ -481,6 +488,7 @@ class _Reference:
         self.model, self.call, self.given = model, captured.call, given
         self.method = methods[0] if methods else "forward"
         self.verify = verify and captured.call is not None
+        self.in_double: Callable[[], nn.Module] | None = None
         self.expected = captured.output
         self.multiply_adds: int | None = None
         # A recorded graph of torch.nn layers writes to nothing: recording would have failed.
@@ -517,7 +525,11 @@ class _Reference:
         try:
             return compare(self.expected, actual)
         except VerificationError as error:
-            comparison = self._compare_in_double(compiled, actual) or self._compare_beside_terms(actual)
+            comparison = (
+                self._compare_twins(compiled)
+                or self._compare_in_double(compiled, actual)
+                or self._compare_beside_terms(actual)
+            )
             if comparison is None:
                 raise
             says = "the model itself rounds so much that its outputs say little; compared with that in mind"
@@ -535,6 +547,26 @@ class _Reference:
         except VerificationError:
             return None
 
+    def _compare_twins(self, compiled: nn.Module) -> Comparison | None:
+        """The comparison in float64 throughout, None where there is none that agrees.
+
+        Where a model selects by its values, rounding the weights may be enough for another selection. So the model is
+        compiled again, in float64. What comes out must agree with it, and be the result but for rounding.
+        """
+        assert self.call is not None
+        if self.in_double is None:
+            return None
+        try:
+            twin = self.in_double()
+            if not _is_rounded(compiled, twin):
+                return None
+            call = _double(self.call)
+            return compare(
+                run(self._called(capturing.private_copy(self.model).double()), *call), run(self._called(twin), *call)
+            )
+        except (ReparamError, RuntimeError, TypeError, ValueError):
+            return None
+
     def _compare_in_double(self, compiled: nn.Module, actual: Any) -> Comparison | None:
         """The comparison that tells rounding from error, None when there is an error.
 
@@ -550,7 +582,7 @@ class _Reference:
             anything = float("inf")
             rounding = compare(exact, _double(self.expected), anything).largest_error
             # How much a model amplifies rounding shows when its inputs are rounded otherwise, as its precision has it.
-            own = [torch.finfo(t.dtype).eps for t in _tensors_of(self.call) if t.is_floating_point()]
+            own = [_eps(t) for t in _tensors_of(self.call) if t.is_floating_point()]
             for units in (1, -1, 2):
                 nudge = partial(_nudged, units * max(own, default=0.0))
                 nudged = torch.utils._pytree.tree_map_only(Tensor, nudge, (args, kwargs))
@@ -577,6 +609,19 @@ _ROUNDINGS = 4.0
 
 def _double(value: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, doubled, value)
+
+
+def _is_rounded(model: nn.Module, exact: nn.Module) -> bool:
+    """Whether a model has the layers of another one, and its numbers, rounded."""
+    ours, theirs = model.state_dict(), exact.state_dict()
+    return list(ours) == list(theirs) and all(
+        x.shape == theirs[name].shape and relative_error(theirs[name], x) <= (_eps(x) if x.is_floating_point() else 0.0)
+        for name, x in ours.items()
+    )
+
+
+def _eps(x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps
 
 
 def _tensors_of(value: Any) -> list[Tensor]:
