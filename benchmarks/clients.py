@@ -120,7 +120,7 @@ def examine(client: Client, quick: bool, row: Row, keep: Callable[[], None]) -> 
         keep()
 
     torch.manual_seed(0)
-    model = lived_in(client.build())
+    model = lived_in(client)
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
     with part("as it is"):
         in_single(client, model, row)
