@@ -407,7 +407,7 @@ def test_a_conversion_finds_nothing_left_to_convert(x: Tensor) -> None:
 )
 def test_what_is_compiled_cannot_be_taken_apart(takes_apart: Callable[..., Any], x: Tensor) -> None:
     result: Any = reparam.compile(randomise(Package()).double(), x, keep_python=True)
-    with pytest.raises(AttributeError, match="was fused with others|cannot be exchanged|has no attribute 'conv2'"):
+    with pytest.raises(AttributeError, match=r"was fused with others|cannot be exchanged|has no attribute 'conv2'"):
         takes_apart(result, x)
 
 
