@@ -80,8 +80,9 @@ def ultralytics(name: str, size: int = 160, second: int = 192) -> Client:
         yolo = wrapped()
         yolo.model = model
         results = yolo.predict(photograph(size), imgsz=size, conf=1e-4, max_det=20, device="cpu", verbose=False)
+        # Of masks, whose pixels are in or out, how much they cover: a pixel at the threshold may be either.
         return [
-            part.data
+            part.data.float().mean((1, 2)) if part is result.masks else part.data
             for result in results
             for part in (result.boxes, result.masks, result.keypoints)
             if part is not None
@@ -94,7 +95,8 @@ def ultralytics(name: str, size: int = 160, second: int = 192) -> Client:
         yolo.model = model
         path = yolo.export(format="onnx", imgsz=size, device="cpu", simplify=False, verbose=False)
         session = onnxruntime.InferenceSession(path)
-        return session.run(None, {session.get_inputs()[0].name: images(1, size).numpy()})
+        outputs = session.run(None, {session.get_inputs()[0].name: images(1, size).numpy()})
+        return [x[:, :20] if x.shape[-1] == 6 else x for x in outputs]  # the best boxes, where they are sorted
 
     return Client(
         "ultralytics",
@@ -152,8 +154,12 @@ def transformers(
 
         processing = getattr(transformers, processor)(size={"height": size, "width": size}, do_center_crop=False)
         run = transformers.pipeline(task, model=model, image_processor=processing, device="cpu")
-        options = {"threshold": 0.0} if task == "object-detection" else {}
-        return run(Image.fromarray(photograph(size)), **options)
+        image = Image.fromarray(photograph(size))
+        if task != "object-detection":
+            return run(image)
+        # The best; and large, since corners are rounded to pixels.
+        found = run(image.resize((4000, 4000)), threshold=0.0)[:20]
+        return torch.tensor([box["score"] for box in found]), torch.tensor([[*box["box"].values()] for box in found])
 
     pipelines = {task: run} if task else {}
     return Client("transformers", name, build, size, second, pixel_values, pipelines=pipelines)
@@ -313,10 +319,15 @@ def doctr() -> Client:
 CLIENTS = [*ULTRALYTICS, *TRANSFORMERS, *SEGMENTATION, *TORCHVISION, *TIMM, doctr()]
 
 
-def lived_in(model: nn.Module) -> nn.Module:
-    """Give a model statistics and affines as after training, frozen norms included; return it, in eval mode."""
+def lived_in(client: Client) -> nn.Module:
+    """Build a model with statistics and affines as after training, frozen norms included; return it, in eval mode.
+
+    The statistics are those of some images. With others, what a deep network of random weights returns hardly depends
+    on the image: the scores of a detector are the same everywhere, and which boxes it returns is up to rounding.
+    """
     from support import randomise
 
+    model = client.build()
     randomise(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -327,7 +338,18 @@ def lived_in(model: nn.Module) -> nn.Module:
                 for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
                     if name in buffers:
                         buffers[name].copy_(torch.rand(buffers[name].shape, generator=generator) + low)
-    return model.eval()
+    norms = [module for module in model.eval().modules() if "running_var" in dict(module.named_buffers(recurse=False))]
+    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    run(model, client.inputs(4, client.size))
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
+def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+    x = inputs[0].transpose(0, 1).flatten(1)
+    norm.running_mean.copy_(x.mean(1))
+    norm.running_var.copy_(x.var(1))
 
 
 def run(model: nn.Module, inputs: Any) -> Any:

@@ -7,9 +7,9 @@ into an environment of their own (`.venv-clients`, or the folder that REPARAM_CL
 starts again. Each network is compiled in a process of its own, so one that crashes or takes too long costs what is
 left of its row.
 
-Weights are random, statistics and affines lived-in. What is compared is compared in float64, on images that the
-compiler has not seen, of the size of its example and of another size and batch. Seconds are of the processor, in
-float32, on one thread.
+Weights are random, affines lived-in, statistics those of some images. What is compared is compared in float64, on
+images that the compiler has not seen, of the size of its example and of another size and batch. Seconds are of the
+processor, in float32, on one thread.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def examine(client: Client, quick: bool, row: Row, keep: Callable[[], None]) -> 
         keep()
 
     torch.manual_seed(0)
-    model = lived_in(client.build())
+    model = lived_in(client)
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
     with part("as it is"):
         in_single(client, model, row)

@@ -56,7 +56,7 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
 
     Args:
         graph: A traced graph, changed here.
-        modules: The modules of its private root, by path; layers with ``inplace=True`` are changed here.
+        modules: The modules of its private root, by path; others take the places of layers with ``inplace=True`` here.
 
     Returns:
         The in-place nodes that were frozen.
@@ -182,9 +182,15 @@ def _keep_in_place(frozen: Iterable[Node], modules: MutableMapping[str, nn.Modul
     for node in frozen:
         if node.op == "call_module" and not getattr(modules[str(node.target)], "inplace", True):
             path = f"{node.target}_in_place"
-            modules[path] = copy.copy(modules[str(node.target)])
-            modules[path].inplace = True  # type: ignore[assignment]
+            modules[path] = modules[str(node.target)]
+            _set_in_place(path, modules, True)
             node.target = path
+
+
+def _set_in_place(path: str, modules: MutableMapping[str, nn.Module], value: bool) -> None:
+    """Put a layer that is in place, or not, where another was: Python that is in no graph may call that one."""
+    modules[path] = copy.copy(modules[path])
+    modules[path].inplace = value  # type: ignore[assignment]
 
 
 def written(node: Node, modules: Mapping[str, nn.Module]) -> Node | None:
@@ -256,13 +262,13 @@ def _inplace_position(function: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def _take_out_of_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+def _take_out_of_place(node: Node, modules: MutableMapping[str, nn.Module]) -> bool:
     """Turn a node into its out-of-place twin; false, and nothing done, when it has none."""
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        if not type(module).__module__.startswith("torch.nn"):
+        path = str(node.target)
+        if not type(modules[path]).__module__.startswith("torch.nn"):
             return False
-        module.inplace = False  # type: ignore[assignment]
+        _set_in_place(path, modules, False)
         return True
     if isinstance(node.target, OpOverload):
         return False
@@ -365,7 +371,7 @@ def work_in_place(graph: Graph, modules: MutableMapping[str, Any]) -> None:
                 node.kwargs = {} if modules[path].approximate == "none" else {"approximate": modules[path].approximate}
             del modules[path]
         elif isinstance(modules[path], _ACTIVATION_LAYERS) or all("in_place" in node.meta for node in nodes):
-            modules[path].inplace = True
+            _set_in_place(path, modules, True)
 
 
 def _first(node: Node) -> Any:

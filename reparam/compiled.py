@@ -171,17 +171,16 @@ def _lookups(path: str) -> str:
     return "self" + "".join(f"._modules[{name!r}]" for name in path.split("."))
 
 
-def install(module: nn.Module, compiled: CompiledModel, *, seal: bool) -> None:
+def install(module: nn.Module, compiled: CompiledModel) -> None:
     """Let a module compute what a graph computes, and be itself in all else: of its class, with its attributes.
 
     Args:
-        module: Gets the layers of the graph in the place of its own.
+        module: Gets the layers of the graph in the place of its own, sealed.
         compiled: The graph.
-        seal: Whether Python that asks for a layer by name, which is no longer what it was, gets an error.
     """
     own = set(module.modules())
     module.__dict__["forward"] = GraphForward(module, compiled)
-    module.__dict__["_modules"] = _sealed(compiled, own) if seal else compiled._modules
+    module.__dict__["_modules"] = _sealed(compiled, own)
     for name in ("_parameters", "_buffers"):
         module.__dict__[name] = compiled.__dict__[name]
 
@@ -204,7 +203,9 @@ def _sealed(holder: nn.Module, own: set[nn.Module]) -> Sealed:
 class Sealed(dict[str, Any]):
     """Modules by name. Those that compiling has made are no longer what a model's Python that asks for them expects.
 
-    torch itself, which exports, draws and loads modules by their names, gets them.
+    To Python they are not there, so a package's own conversion, which looks for layers that it knows, finds none that
+    are left to convert. torch itself, which exports, draws and loads modules by their names, gets them. None can be put
+    in the place of another: the graph would go on with the one that it has.
 
     Attributes:
         made: Their names.
@@ -216,13 +217,40 @@ class Sealed(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name in self.made and not _is_asked_by_torch():
-            raise AttributeError(
-                f"{name!r} was fused with others when this was compiled, and is not what it was before"
-            )
+            self._refuse(name)
         return super().__getitem__(name)
 
+    def items(self) -> Any:
+        """All, unless it is for the code of a model that goes through a sequence."""
+        self._refuse_to_hand_on()
+        return super().items()
+
+    def values(self) -> Any:
+        """The modules; likewise."""
+        self._refuse_to_hand_on()
+        return super().values()
+
+    def __setitem__(self, name: str, module: Any) -> None:
+        if name in self:
+            raise AttributeError(f"{name!r} cannot be exchanged: this computes by a graph; do so before compiling")
+        super().__setitem__(name, module)
+
+    def __delitem__(self, name: str) -> None:
+        self[name] = None
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Sealed, (dict(self.items()), self.made)
+        return Sealed, (dict(super().items()), self.made)
+
+    def _refuse_to_hand_on(self) -> None:
+        if self.made and sys._getframe(2).f_code in _HANDED_ON:
+            self._refuse(min(self.made))
+
+    def _refuse(self, name: str) -> None:
+        raise AttributeError(f"{name!r} was fused with others when this was compiled, and is not what it was before")
+
+
+# Where torch hands the children of a sequence to the code of a model.
+_HANDED_ON = frozenset(getattr(nn.Sequential, name).__code__ for name in ("__getitem__", "__iter__", "__add__"))
 
 
 def _is_asked_by_torch() -> bool:

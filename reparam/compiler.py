@@ -28,7 +28,7 @@ from reparam.leaves import is_opaque
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
 from reparam.timing import collector_paused
-from reparam.verify import TOLERANCES, LargestMagnitude, as_call, compare, doubled, run
+from reparam.verify import TOLERANCES, LargestMagnitude, as_call, compare, doubled, relative_error, run
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -171,6 +171,7 @@ def _build(
             call = None if example_inputs is None else as_call(example_inputs)
             captured = capturing.capture(model, call, sizes=options.sizes)
         reference = _Reference(model, captured, example_inputs is not None, options.verify, options.methods)
+        reference.in_double = partial(_in_double, model, example_inputs, options)
     result: nn.Module
     if captured.traced:
         result, work = _compile_graph(captured, options, type(capturing.unwrapped(model)).__name__)
@@ -179,6 +180,12 @@ def _build(
         result, work = _compile_inside(captured, options)
     _finish(result, captured.storages, trainable)
     return _Built(model, captured, reference, result, work)
+
+
+def _in_double(model: nn.Module, example_inputs: Any, options: _Options) -> nn.Module:
+    """A model in float64, compiled in the same way."""
+    quietly = replace(options, verify=False, progress=None)
+    return _build(capturing.private_copy(model).double(), _double(example_inputs), quietly, False).result
 
 
 def _compile_for_latency(
@@ -410,7 +417,7 @@ def _compile_parts(captured: capturing.Capture, options: _Options) -> _Parts:
         if work.before == work.after and not work.parts:
             parts.remarks += [_within(path, remark) for remark in work.remarks if remark.kind == "missed"]
             continue
-        install(module, compiled, seal=not options.methods)
+        install(module, compiled)
         work.remarks[:0] = part.remarks
         work.remarks = [_within(path, remark) for remark in work.remarks]
         parts.works[module] = work
@@ -485,6 +492,7 @@ class _Reference:
         self.model, self.call, self.given = model, captured.call, given
         self.method = methods[0] if methods else "forward"
         self.verify = verify and captured.call is not None
+        self.in_double: Callable[[], nn.Module] | None = None
         self.expected = captured.output
         self.multiply_adds: int | None = None
         # A recorded graph of torch.nn layers writes to nothing: recording would have failed.
@@ -521,7 +529,9 @@ class _Reference:
         try:
             return compare(self.expected, actual)
         except VerificationError as error:
-            comparison = self._compare_in_double(compiled, actual) or self._compare_beside_terms(actual)
+            comparison = (
+                self._compare_twins(compiled) or self._compare_in_double(compiled) or self._compare_beside_terms(actual)
+            )
             if comparison is None:
                 raise
             says = "the model itself rounds so much that its outputs say little; compared with that in mind"
@@ -539,35 +549,39 @@ class _Reference:
         except VerificationError:
             return None
 
-    def _compare_in_double(self, compiled: nn.Module, actual: Any) -> Comparison | None:
+    def _compare_twins(self, compiled: nn.Module) -> Comparison | None:
+        """The comparison in float64 throughout, None where there is none that agrees.
+
+        Where a model selects by its values, rounding the weights may be enough for another selection. So the model is
+        compiled again, in float64. What comes out must agree with it, and be the result but for rounding.
+        """
+        assert self.call is not None
+        if self.in_double is None:
+            return None
+        try:
+            twin = self.in_double()
+            if not _is_rounded(compiled, twin):
+                return None
+            call = _double(self.call)
+            return compare(
+                run(self._called(capturing.private_copy(self.model).double()), *call), run(self._called(twin), *call)
+            )
+        except (ReparamError, RuntimeError, TypeError, ValueError):
+            return None
+
+    def _compare_in_double(self, compiled: nn.Module) -> Comparison | None:
         """The comparison that tells rounding from error, None when there is an error.
 
-        The result, whose weights were rounded, must agree with the model when both are run in float64; or, where the
-        model amplifies even that, be about as far from it as the model's own output in its own precision is.
+        The result, whose weights were rounded, must agree with the model when both are run in float64.
         """
         assert self.call is not None
         args, kwargs = _double(self.call)
         try:
             exact = run(self._called(capturing.private_copy(self.model).double()), args, kwargs)
             result = run(self._called(capturing.private_copy(compiled).double()), args, kwargs)
-            tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
-            anything = float("inf")
-            rounding = compare(exact, _double(self.expected), anything).largest_error
-            # How much a model amplifies rounding shows when it and its inputs are rounded otherwise, as their precision
-            # has it: what picks the largest of numbers that are equal on paper picks others.
-            own = [torch.finfo(t.dtype).eps for t in _tensors_of(self.call) if t.is_floating_point()]
-            for units in (1, -1, 2):
-                nudge = partial(_nudged, units * max(own, default=0.0))
-                model = capturing.private_copy(self.model).double()
-                for tensor in (*model.parameters(), *model.buffers()):
-                    tensor.data = nudge(tensor.data)
-                nudged = torch.utils._pytree.tree_map_only(Tensor, nudge, (args, kwargs))
-                amplified = run(self._called(model), *nudged)
-                rounding = max(rounding, compare(exact, amplified, anything).largest_error)
-            allowed = min(_ROUNDINGS * rounding, 1.0)
-            if compare(exact, _double(actual), anything).largest_error <= allowed:
-                tolerance = max(tolerance, allowed)
-            return compare(exact, result, tolerance)
+            return compare(
+                exact, result, max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
+            )
         except (ReparamError, RuntimeError, TypeError, ValueError):
             return None
 
@@ -579,21 +593,25 @@ class _Reference:
             return measure.multiply_adds_of(_Frozen(self._called(compiled)), *self.call)
 
 
-# How much farther than its own rounding a result may be from a model.
-_ROUNDINGS = 4.0
-
-
 def _double(value: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, doubled, value)
 
 
+def _is_rounded(model: nn.Module, exact: nn.Module) -> bool:
+    """Whether a model has the layers of another one, and its numbers, rounded."""
+    ours, theirs = model.state_dict(), exact.state_dict()
+    return list(ours) == list(theirs) and all(
+        x.shape == theirs[name].shape and relative_error(theirs[name], x) <= (_eps(x) if x.is_floating_point() else 0.0)
+        for name, x in ours.items()
+    )
+
+
+def _eps(x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps
+
+
 def _tensors_of(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _nudged(by: float, x: Tensor) -> Tensor:
-    """A tensor whose numbers are a little larger."""
-    return x * (1 + by) if x.is_floating_point() else x
 
 
 class _Method(nn.Module):

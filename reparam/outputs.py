@@ -39,6 +39,8 @@ class Rebuild(nn.Module):
         """The structure with these values in it."""
         return copy.deepcopy(self.template, {id(mark): value for mark, value in zip(self.marks, values, strict=True)})
 
+    forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # which copies structures in its own way
+
     def plain(self, values: list[Any]) -> Any:
         """The structure as dicts, lists and tuples: a mapping, or an object with attributes, as a dict of its own."""
         places = {id(mark): value for mark, value in zip(self.marks, values, strict=True)}

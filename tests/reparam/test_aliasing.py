@@ -43,8 +43,8 @@ def check(forward: Callable[..., Any], frozen: int) -> GraphModule:
     left = [node for node in captured.graph.nodes if is_in_place(node, modules)]
     assert left == stuck
     for path, module in modules.items():
-        if path and path not in captured.modules:
-            captured.root.add_module(path, module)
+        if path and captured.modules.get(path) is not module:
+            captured.root.set_submodule(path, module)
     captured.graph.lint()
     graph = GraphModule(captured.root, captured.graph)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import traceback
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.compiled import CompiledModel
+from reparam.verify import compare
 from support import randomise
 
 
@@ -101,3 +103,14 @@ def test_names_that_are_keywords_get_an_underscore(compiled: CompiledModel) -> N
     names = set(compiled.state_dict())
     assert {"stages.0.class_.weight", "lambdas.scale", "lambdas.if_"} <= names
     assert not any(".class." in name for name in names)
+
+
+def test_dynamo_returns_structures_with_what_is_in_them(x: Tensor) -> None:
+    class Named(Nested):
+        def forward(self, x: Tensor) -> collections.OrderedDict[str, Tensor]:
+            return collections.OrderedDict(y=super().forward(x))
+
+    model = randomise(Named()).double().eval()
+    result = torch.compile(reparam.compile(model), backend="eager")(x)
+    assert list(result) == ["y"]
+    compare(model(x), result, 1e-9)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import reparam
-from reparam.errors import CaptureError, ReparamError
+from reparam.errors import CaptureError, ReparamError, VerificationError
 from reparam.verify import compare
 from support import count_calls, randomise
 
@@ -492,3 +492,40 @@ def test_a_norm_on_flattened_tokens_is_folded() -> None:
     result = reparam.compile(network, x)
     agree(network, result, x)
     assert result.report.after.norms == 0
+
+
+class Selects(nn.Module):
+    """Returns the signs of inputs by the order of their scores, where rounding exchanges neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.BatchNorm2d(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.score(x).flatten().topk(20000).indices
+        return x[:, 0].sign().flatten()[best]
+
+
+@pytest.mark.parametrize("keep_python", [False, True])
+def test_a_selection_that_rounding_changes_is_compared_in_double(keep_python: bool) -> None:
+    torch.manual_seed(1)
+    model, x = randomise(Selects()).eval(), torch.randn(1, 3, 256, 256)
+    result: Any = reparam.compile(model, x, keep_python=keep_python)
+    assert not torch.equal(result(x), model(x))  # or there is nothing to compare
+    assert result.report.after.norms == 0
+    assert (result.report.comparison.largest_error, result.report.comparison.tolerance) == (0.0, 1e-9)
+
+
+def test_a_selection_that_is_wrong_is_told_from_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(result: nn.Module, *args: Any) -> None:
+        finished(result, *args)
+        for parameter in result.parameters():
+            if parameter.dtype == torch.float32:
+                parameter += 1e-3
+
+    finished = reparam.compiler._finish
+    monkeypatch.setattr(reparam.compiler, "_finish", finish)
+    torch.manual_seed(1)
+    model, x = randomise(Selects()).eval(), torch.randn(1, 3, 256, 256)
+    with pytest.raises(VerificationError):
+        reparam.compile(model, x)

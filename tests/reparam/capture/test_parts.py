@@ -253,6 +253,22 @@ def test_a_child_that_changes_its_input_stays(example: bool, x: Tensor) -> None:
     assert norms_left(Parent(forward, first=first), x, example=example) == 0
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@both
+def test_an_activation_that_others_call_too_stays_what_it_is(in_place: bool, example: bool, x: Tensor) -> None:
+    act = nn.ReLU(inplace=in_place)
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.block(x) - 0.5
+        return net.act(x) + x
+
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), act)
+    model = Parent(forward, block=block, act=act)
+    assert norms_left(model, x, example=example) == 0
+    result: Any = reparam.compile(model, x if example else None)
+    assert (result.act.inplace, act.inplace) == (in_place, in_place)
+
+
 @both
 def test_a_child_whose_output_would_become_its_input_stays(example: bool, x: Tensor) -> None:
     class Scale(nn.Module):
@@ -324,6 +340,75 @@ def test_a_scripted_child_stays_and_the_others_are_compiled(x: Tensor) -> None:
     result = reparam.compile(model, x)
     assert isinstance(result.scripted, torch.jit.ScriptModule)
     assert len(list(result.block.modules())) == 2
+
+
+class Rep(nn.Module):
+    """A block with a conversion of its own, as packages have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)), nn.Conv2d(3, 3, 1)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv1(x) + self.conv2(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.conv1(x)
+
+    def convert(self) -> None:
+        self.conv2.weight.data *= self.conv1[1].weight.view(-1, 1, 1, 1)
+        del self.conv1
+
+
+class Package(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rep, self.features = Rep(), nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": self.features(self.rep(x))}
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        return [x := layer(x) for layer in self.features]
+
+    def convert(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Rep) and hasattr(module, "conv1"):
+                module.convert()
+
+
+def test_a_conversion_finds_nothing_left_to_convert(x: Tensor) -> None:
+    model = randomise(Package()).double().eval()
+    expected = model(x)
+    result: Any = reparam.compile(model, x, keep_python=True)
+    assert (type(result), type(result.rep), result.report.after.norms) == (Package, Rep, 0)
+    for package in (result, copy.deepcopy(result)):
+        package.convert()
+        with torch.no_grad():
+            compare(expected, package(x), 1e-9)
+            compare(expected, torch.jit.trace(package, x, strict=False)(x), 1e-9)
+            compare(expected, reparam.compile(package, x, keep_python=True)(x), 1e-9)
+            compare(expected, reparam.compile(package, x)(x), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "takes_apart",
+    [
+        lambda net, x: net.rep.first(x),
+        lambda net, x: net.rep.convert(),
+        lambda net, x: net.layers(x),
+        lambda net, x: net.features[:2](x),
+        lambda net, x: net.features[0](x),
+        lambda net, x: setattr(net.features, "0", nn.Conv2d(3, 3, 1)),
+        lambda net, x: setattr(net.rep, "act", nn.ReLU()),
+        lambda net, x: delattr(net.rep, "act"),
+    ],
+)
+def test_what_is_compiled_cannot_be_taken_apart(takes_apart: Callable[..., Any], x: Tensor) -> None:
+    result: Any = reparam.compile(randomise(Package()).double(), x, keep_python=True)
+    with pytest.raises(AttributeError, match=r"was fused with others|cannot be exchanged|has no attribute 'conv2'"):
+        takes_apart(result, x)
 
 
 class Pickled(Parent):
