@@ -24,6 +24,7 @@ from reparam.compiled import CompiledModel as CompiledModel
 from reparam.compiled import install, keep_attributes
 from reparam.cost import Cost
 from reparam.decisions import Decisions
+from reparam.depthwise import ByTap
 from reparam.errors import ReparamError, VerificationError
 from reparam.leaves import is_opaque
 from reparam.report import Comparison, Remark, Report
@@ -502,10 +503,10 @@ class _Reference:
         if captured.draws and self.verify:
             self.remarks.append(Remark("capture", "Verify", "", "it draws random numbers; not compared"))
             self.verify = False
-        # A copy: others may be using the model meanwhile.
-        model = capturing.private_copy(model)
+        # The copy that was recorded: others may be using the model meanwhile.
+        model = captured.root
         if self.verify:
-            with capturing.unchanged(model, writes=self.writes):
+            with capturing.unchanged(model, writes=self.writes), below(ByTap()):
                 again = run(self._called(model), *self.call)
             try:
                 compare(self.expected, again)

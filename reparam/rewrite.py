@@ -514,7 +514,8 @@ def calls(node: Node) -> tuple[str, ...]:
         found: tuple[str, ...] = node.meta["calls"]
         return found
     constants = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-    return (f"{node.op} {facts.target_name(node)} {' '.join(constants)}",)
+    called = node.target if node.op == "call_module" else facts.target_name(node)
+    return (f"{node.op} {called} {' '.join(constants)}",)
 
 
 # The driver.

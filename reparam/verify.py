@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.depthwise import ByTap
 from reparam.errors import VerificationError, first_line
 from reparam.report import Comparison
 
@@ -66,20 +67,24 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
 
 
 def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
-    from reparam.rewrite import Add, Slice, applies
+    from reparam.capture.modes import below
+    from reparam.rewrite import Add, Apply, Slice, applies
 
     if rewrite.outputs:
         return _certify_together(graph, rewrite, where, rule)
     largest = 0.0
     for apply in applies(rewrite):
         for x in random_inputs(apply.operator, apply.source):
-            terms = _evaluate_terms(graph, apply, x)
-            actual = apply.operator.double()(x) if isinstance(apply.operator, AnyConv) else apply.operator(x)
+            with below(ByTap()):
+                terms = _evaluate_terms(graph, apply, x)
+                actual = apply.operator.double()(x) if isinstance(apply.operator, AnyConv) else apply.operator(x)
             largest = max(largest, _check(actual, terms, where, rule))
     for node, value in rewrite.values:
         if isinstance(value, Slice):
             largest = max(largest, _check_slice(graph, node, value, where, rule))
             continue
+        if isinstance(value, Apply) and value.terms == ((1.0, node),):
+            continue  # it stands for the node itself
         total = value if isinstance(value, Add) else Add(((1.0, value),))
         largest = max(largest, _check_addition(graph, node, total, where, rule))
     return largest
@@ -358,16 +363,16 @@ def clones(value: Any) -> Any:
 
 def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a model returns in eval mode, on copies of the arguments; its own modes are put back."""
-    modes = {module: module.training for module in model.modules()}
+    in_training = [module for module in model.modules() if module.training]
     args, kwargs = clones((tuple(args), dict(kwargs)))
     try:
-        for module in modes:
+        for module in in_training:
             module.training = False
         with torch.no_grad():
             return model(*args, **kwargs)
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in in_training:
+            module.training = True
 
 
 def compare(expected: Any, actual: Any, tolerance: float | None = None, *, scale: float = 0.0) -> Comparison:

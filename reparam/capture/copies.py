@@ -35,9 +35,9 @@ def private_copy(model: nn.Module) -> nn.Module:
                     f"{type(module).__name__}.{name} has no values yet; run the model once, or load a checkpoint"
                 )
             memo.setdefault(id(tensor), _alias(tensor))
-    for module in modules:
-        if unwrapped(module) is not module:
-            memo[id(module)] = Wrapper.__new__(Wrapper)
+    wrappers = [module for module in modules if unwrapped(module) is not module]
+    for module in wrappers:
+        memo[id(module)] = Wrapper.__new__(Wrapper)
     left = [module for module in modules if id(module) not in memo]
     plain = [module for module in left if _copies_plainly(type(module))]  # type: ignore[arg-type]
     for module in plain:
@@ -45,12 +45,15 @@ def private_copy(model: nn.Module) -> nn.Module:
     try:
         for module in reversed(plain):  # a graph module copies itself, with layers that must be complete by then
             # What ``module.compile()`` keeps would run the module itself.
-            attributes = {k: v for k, v in module.__dict__.items() if k != "_compiled_call_impl"}
-            copied = {k: v if type(v) in ATOMS else _copied(v, memo) for k, v in attributes.items()}
-            memo[id(module)].__dict__.update(copied)
-        for module in modules:
-            if unwrapped(module) is not module:
-                memo[id(module)].wrap(module, copy.deepcopy(next(module.children()), memo))
+            memo[id(module)].__dict__.update(
+                {
+                    name: value if type(value) in ATOMS else _copied(value, memo)
+                    for name, value in module.__dict__.items()
+                    if name != "_compiled_call_impl"
+                }
+            )
+        for module in wrappers:
+            memo[id(module)].wrap(module, copy.deepcopy(next(module.children()), memo))
         with warnings.catch_warnings():
             # torch's own tree specs, which exported programs carry, copy in a way that they call deprecated.
             warnings.simplefilter("ignore", FutureWarning)
@@ -99,6 +102,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 # What most attributes of a module are; looking for anything else is not worth the while.
 _SIMPLE = frozenset([type(None), bool, int, float, str, tuple, dict, set, OrderedDict, torch.dtype, torch.device])
 ATOMS = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
+_CONTAINERS = frozenset([dict, list, set, OrderedDict])
 
 
 def tensors_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -125,19 +129,20 @@ def _copies_plainly(cls: Any) -> bool:
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy``, with a short way for what nearly every attribute of a module is."""
-    cls = type(value)
-    if cls in ATOMS or (cls is tuple and all(type(item) in ATOMS for item in value)):
-        return value
     known = memo.get(id(value))
     if known is not None:
+        return known
+    cls = type(value)
+    if cls in _CONTAINERS and not value:
+        memo[id(value)] = known = cls()
         return known
     if cls is dict:
         # Noted before it is filled, as several modules may hold it.
         copied: dict[Any, Any] = memo.setdefault(id(value), {})
         copied.update({k: _copied(v, memo) for k, v in value.items()})
         return copied
-    if cls in (OrderedDict, set, list) and not value:
-        return memo.setdefault(id(value), cls())
+    if cls in ATOMS or (cls is tuple and all(type(item) in ATOMS for item in value)):
+        return value
     return copy.deepcopy(value, memo)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.fx
@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from reparam.capture.copies import tensors_in
 from reparam.capture.state import unchanged
+
+Item = TypeVar("Item")
 
 # Sizes that are tried, from small to large, by number of axes behind the channels. Batches are of two: one that does
 # not broadcast, and is not taken for a setting.
@@ -37,31 +39,47 @@ def inputs_of(model: nn.Module) -> list[str]:
 
 def guesses(model: nn.Module) -> Iterator[Tensor]:
     """Random inputs that a model might take: of the channels of its first layers, of several sizes."""
-    tensors = [
-        tensor
-        for module in model.modules()
-        for _, tensor in tensors_in(module)
-        if tensor.is_floating_point() or tensor.is_complex()
-    ]
-    like = next((tensor for tensor in tensors if isinstance(tensor, nn.Parameter)), (*tensors, torch.empty(0))[0])
-    shapes = dict.fromkeys(_shapes(model, inputs_of(model)))
-    known = _shape_known(model)
-    shapes = {known: None} | shapes if known is not None else shapes
-    rank = _rank_known(model)
-    shapes = {shape: None for shape in shapes if rank is None or len(shape) == rank}
-    for shape in itertools.islice(shapes, _MOST):
+    tensors = (tensor for module in model.modules() for _, tensor in tensors_in(module))
+    like = _first_parameter(tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex())
+    known, rank = _shape_known(model), _rank_known(model)
+    shapes = itertools.chain([] if known is None else [known], _shapes(model, inputs_of(model)))
+    fitting = (shape for shape in shapes if rank is None or len(shape) == rank)
+    for shape in itertools.islice(_different(fitting), _MOST):
         generator = torch.Generator().manual_seed(0)
         yield torch.randn(
             shape, generator=generator, dtype=torch.complex128 if like.is_complex() else torch.float64
         ).to(like.device, like.dtype)
 
 
+def _first_parameter(tensors: Iterable[Tensor]) -> Tensor:
+    """The first parameter among some tensors, or else the first of them."""
+    first = None
+    for tensor in tensors:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        first = tensor if first is None else first
+    return torch.empty(0) if first is None else first
+
+
+def _different(items: Iterable[Item]) -> Iterator[Item]:
+    """Every item once, found out no earlier than it is asked for."""
+    seen = set()
+    for item in items:
+        if item not in seen:
+            seen.add(item)
+            yield item
+
+
 def _shapes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[int, ...]]:
+    if next(_wanted(model), None) == (2, 3):
+        yield 2, 3, 64, 64  # images: running the model shows whether it takes some
     first = _first_read(model, len(names))
-    wanted = list(dict.fromkeys(_wanted(model)))[:6] or [(2, 3), (0, 3)]
-    if first is not None:
-        wanted = [first, *(other for other in wanted if other[0] == first[0])]
-    for axes, channels in dict.fromkeys(wanted):
+    wanted: Iterator[tuple[int, int]] = itertools.islice(_different(_wanted(model)), 6)
+    if first is None:
+        wanted = iter([*wanted] or [(2, 3), (0, 3)])
+    else:
+        wanted = itertools.chain([first], (other for other in wanted if other[0] == first[0]))
+    for axes, channels in wanted:
         for sizes in _SIZES[max(axes, -1)]:
             yield (2, channels, *sizes) if axes >= 0 else (2, *sizes, channels)
 

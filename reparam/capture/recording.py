@@ -77,7 +77,7 @@ class Session(TorchFunctionMode):
         self.modules = list(root.modules())
         self.state = State(())
         self.storages = tensor_storages(self.modules)
-        self.owners = {id(tensor): module for module in reversed(self.modules) for _, tensor in tensors_in(module)}
+        self.owners: dict[int, nn.Module] = {}  # of tensors, while it is watched who looks into modules
         self.writes_of_python = Writes(self.storages)
         self.stack: list[Tape] = []
         self.parts: list[dict[str, Recorded]] = [{}]
@@ -133,6 +133,9 @@ class Session(TorchFunctionMode):
                     recorded.by_size, recorded.draws = self.by_size, bool(self.draws)
                     if recorded.parts and not self.watching:
                         self.watching = True  # now that there is Python that stays, and parts that it might look into
+                        self.owners = {
+                            id(t): module for module in reversed(self.modules) for _, t in tensors_in(module)
+                        }
                         continue
                     if again := self._read_parts(recorded):
                         self.opaque |= again

@@ -7,6 +7,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ class State:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.attributes = {module: dict(module.__dict__) for module in modules}
-        self.contents = {
+        self.contents: dict[nn.Module, dict[str, Any]] = {
             module: {
-                name: copy.copy(value)
+                name: value.copy() if type(value) is dict else copy.copy(value)
                 for name, value in attributes.items()
-                if type(value) not in ATOMS and _may_change(name, value)
+                if type(value) not in ATOMS and name not in _HOOK_DICTS and isinstance(value, (list, dict, set))
             }
             for module, attributes in self.attributes.items()
         }
@@ -93,9 +94,7 @@ class State:
                 if not same_items(value, contents):
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(contents)
-            if list(module.__dict__) != list(attributes) or any(
-                module.__dict__[name] is not value for name, value in attributes.items()
-            ):
+            if not same_items(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
 
@@ -137,6 +136,7 @@ class _Undone(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@cache
 def may_write(func: Any) -> bool:
     """Whether an operator writes to any of its arguments, as it says or as norms do."""
     return func._schema.is_mutable or "batch_norm" in func._schema.name
@@ -195,18 +195,13 @@ def move_hooks(attributes: Mapping[str, Any], model: nn.Module) -> None:
 _HOOK_DICTS = OWN_DICTS - {"_parameters", "_buffers", "_modules"}
 
 
-def _may_change(name: str, value: Any) -> bool:
-    """Whether an attribute is a container that a forward might put something into."""
-    return isinstance(value, (list, dict, set)) and name not in _HOOK_DICTS
-
-
-def _items(container: Any) -> list[Any]:
-    return [*container, *container.values()] if isinstance(container, dict) else list(container)
-
-
 def same_items(a: Any, b: Any) -> bool:
     """Whether two containers hold the very same objects, in the same order."""
-    return not a and not b if not a or not b else len(a) == len(b) and all(map(operator.is_, _items(a), _items(b)))
+    if not a or not b:
+        return not a and not b
+    if len(a) != len(b) or isinstance(a, dict) != isinstance(b, dict) or not all(map(operator.is_, a, b)):
+        return False
+    return not isinstance(a, dict) or all(map(operator.is_, a.values(), b.values()))
 
 
 def _differ(old: Any, new: Any, remembers: Remembers | None) -> bool:

@@ -131,7 +131,9 @@ class Tape:
         """A node at the end of the graph, with its facts."""
         if _autocast() != self.autocast:
             self.session.refuse("it changes the precision that operations run in (autocast)")
-        node = self.graph.create_node(op, target, args, dict(kwargs or {}))
+        # fx walks through arguments that it is given here, beside storing them.
+        node = self.graph.create_node(op, target)
+        node.args, node.kwargs = args, dict(kwargs or {})
         node.meta["scope"] = self.frames[-1].path if self.frames else ""
         sources = node.all_input_nodes
         if op.startswith("call"):
