@@ -590,7 +590,7 @@ class Session(TorchFunctionMode):
             node = tape.node("call_module", path, *given)
             node.meta["scope"] = path
             tape.valueless.discard(node)
-            numbers = tape.results(result, node, module)
+            numbers = tape.results(result, node, None if carries_hooks(module) else module)
             if reason is not None:
                 self._note_writes(tape, (args, kwargs))
                 if numbers:

@@ -20,7 +20,7 @@ from reparam.capture.copies import storage_of, tensors_in
 from reparam.capture.sizes import SYMBOLIC, Number, pinned, symbolic
 from reparam.capture.structures import containers
 from reparam.conditions import Argument, assertion
-from reparam.leaves import is_leaf
+from reparam.leaves import carries_hooks
 from reparam.report import Remark
 
 if TYPE_CHECKING:
@@ -310,7 +310,9 @@ class Tape:
                     return False
                 node, axis = item.operands
             module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-            if node.op == "placeholder" or node in self.uncertain | self.foreign or (module and not is_leaf(module)):
+            if module is not None and (not type(module).__module__.startswith("torch.nn.") or carries_hooks(module)):
+                return False
+            if node.op == "placeholder" or node in self.uncertain or node in self.foreign:
                 return False
             origins = None if axis is None else views.origins(node, axis)
             pending += origins or []

@@ -215,6 +215,22 @@ def test_what_follows_from_conditions_is_none(forward: Any, said: list[str]) -> 
         compare(model(other), result(other), 1e-9)
 
 
+@pytest.mark.parametrize("sizes", ["any", "example"])
+def test_a_hook_may_make_a_value_of_another_size(sizes: str) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.hooked(x)
+        return net.block(y) * y.shape[3] * {y.shape[2]: 2}[y.shape[2]]
+
+    model = Net(forward)
+    model.hooked = nn.ReLU()
+    model.hooked.register_forward_hook(lambda module, args, output: output[..., 1:])
+    randomise(model).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    result = reparam.compile(model, x, sizes=sizes)
+    with torch.no_grad():
+        compare(model(x), result(x), 1e-9)
+
+
 def _positive(x: Tensor) -> Tensor:
     return x[x > 0]
 
