@@ -37,6 +37,8 @@ Padding: TypeAlias = tuple[tuple[int, int], ...]
 
 ZEROS = "zeros"
 
+# Numbers that are worked on at once.
+_PIECE = 2**17
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Relative to the largest term: what adding the same numbers in another order may change.
 _ROUNDING = 1e-13
@@ -213,6 +215,20 @@ class Weighted:
             return _double(self.weight)
         kernel = self.weight.to(torch.float64, copy=True)
         return kernel.mul_(self.gain.view(-1, *[1] * (kernel.dim() - 1)))
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """A new copy of :attr:`kernel` in another precision.
+
+        It is made in pieces: a whole one in float64 takes longer to get memory for than to compute.
+        """
+        if self.terms or self.gain is None:
+            return self.kernel.to(dtype, copy=True)
+        made = torch.empty_like(self.weight, dtype=dtype)
+        rows = max(1, _PIECE * len(made) // made.numel())
+        gain = self.gain.view(-1, *[1] * (made.dim() - 1))
+        for piece, weight, factor in zip(made.split(rows), self.weight.split(rows), gain.split(rows), strict=True):
+            piece.copy_(_double(weight) * factor)
+        return made
 
     def _summed(self) -> Self:
         """The same operator with the numbers of its terms in its weight."""

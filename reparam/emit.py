@@ -95,12 +95,15 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
     def cast(tensor: Tensor | None) -> nn.Parameter | None:
         return None if tensor is None else nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
 
+    def kernel(operator: Conv) -> nn.Parameter:
+        return nn.Parameter(operator.rounded(dtype), requires_grad=False)
+
     operator = _as_layer(operator)
     match operator:
         case Conv() if operator.dimensions == 0:
             dense = operator.regroup(1)
             made = _bare(nn.Linear, dense.in_channels, dense.out_channels, dense.bias is not None)
-            made.weight, made.bias = cast(dense.kernel), cast(dense.bias)
+            made.weight, made.bias = kernel(dense), cast(dense.bias)
         case Conv():
             padding = _own_padding(operator)
             made = _bare(
@@ -115,7 +118,7 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
                 operator.bias is not None,
                 operator.padding_mode if padding is not None else ZEROS,
             )
-            made.weight, made.bias = cast(operator.kernel), cast(operator.bias)
+            made.weight, made.bias = kernel(operator), cast(operator.bias)
         case ConvTranspose():
             made = _bare(
                 _TRANSPOSED_LAYERS[operator.dimensions],

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,18 +68,16 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
 
 
 def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
-    from reparam.capture.modes import below
     from reparam.rewrite import Add, Apply, Slice, applies
 
     if rewrite.outputs:
         return _certify_together(graph, rewrite, where, rule)
     largest = 0.0
     for apply in applies(rewrite):
+        operator = in_double(apply.operator)
         for x in random_inputs(apply.operator, apply.source):
-            with below(ByTap()):
-                terms = _evaluate_terms(graph, apply, x)
-                actual = apply.operator.double()(x) if isinstance(apply.operator, AnyConv) else apply.operator(x)
-            largest = max(largest, _check(actual, terms, where, rule))
+            terms = _evaluate_terms(graph, apply, x)
+            largest = max(largest, _check(operator(x), terms, where, rule))
     for node, value in rewrite.values:
         if isinstance(value, Slice):
             largest = max(largest, _check_slice(graph, node, value, where, rule))
@@ -175,8 +174,9 @@ def _check_slice(graph: Graph, node: Node, value: Slice, where: str, rule: str) 
     largest = 0.0
     operator = value.whole.operator
     assert isinstance(operator, AnyConv)
+    whole = in_double(operator)
     for x in random_inputs(operator, value.whole.source):
-        actual = operator.double()(x).narrow(value.axis, value.start, value.length)
+        actual = whole(x).narrow(value.axis, value.start, value.length)
         largest = max(largest, _check(actual, [evaluate(graph, node, {value.whole.source: x})], where, rule))
     return largest
 
@@ -260,8 +260,7 @@ def evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[No
         env[node] = value(instead)
         return env[node]
     if instead is not None:
-        operator = instead.operator.double() if isinstance(instead.operator, AnyConv) else instead.operator
-        env[node] = operator(value(instead.source))
+        env[node] = in_double(instead.operator)(value(instead.source))
         return env[node]
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
     match node.op:
@@ -271,14 +270,30 @@ def evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[No
             owner, _, name = str(node.target).rpartition(".")
             result = doubled(getattr(graph.modules[owner], name))
         case "call_module":
-            result = InDouble(graph.modules[str(node.target)])(*args, **kwargs)
+            result = InDouble.of_layer(graph.modules[str(node.target)])(*args, **kwargs)
         case "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         case _:
-            function: Any = node.target.double() if isinstance(node.target, AnyConv) else node.target
+            function: Any = in_double(node.target) if isinstance(node.target, Operator) else node.target
             result = function(*args, **kwargs)
     env[node] = result
     return result
+
+
+def in_double(operator: Operator) -> Callable[[Any], Any]:
+    """What an operator computes in float64."""
+    return _quickly(operator.double(), operator.groups) if isinstance(operator, AnyConv) else operator
+
+
+def _quickly(function: Callable[..., Any], groups: int) -> Callable[..., Any]:
+    """A convolution, whose groups may be as many as its channels."""
+    from reparam.capture.modes import below
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with below(ByTap()):
+            return function(*args, **kwargs)
+
+    return call if groups > 1 else function
 
 
 class InDouble:
@@ -294,6 +309,18 @@ class InDouble:
                 self.module = copy.deepcopy(module).double().eval()
         tensors = (*self.module.named_parameters(), *self.module.named_buffers())
         self.tensors = {name: doubled(tensor) for name, tensor in tensors}
+
+    @staticmethod
+    def of_layer(module: nn.Module) -> Callable[..., Any]:
+        """The same for a module that is likely to be a layer of torch's, which takes less to exchange tensors of."""
+        if module._modules or not type(module).__module__.startswith("torch.nn.modules."):
+            return InDouble(module)
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        for kind in ("_parameters", "_buffers"):
+            tensors = module.__dict__[kind].items()
+            twin.__dict__[kind] = {name: None if tensor is None else doubled(tensor) for name, tensor in tensors}
+        return _quickly(twin, getattr(module, "groups", 1))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output.
@@ -457,6 +484,9 @@ class LargestMagnitude(TorchDispatchMode):
 
 
 def _magnitude(tensor: Tensor) -> float:
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if math.isfinite(largest):
+        return largest
     finite = torch.isfinite(tensor)
     return tensor[finite].abs().max().item() if finite.any() else 0.0
 
@@ -469,11 +499,15 @@ def relative_error(reference: Tensor, result: Tensor, magnitude: float = 0.0) ->
     if x.is_complex():
         x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
     x, y = x.double(), y.double()
+    if x.shape == y.shape and math.isfinite(difference := (x - y).abs().max().item()):
+        return _ratio(difference, max(magnitude, _magnitude(x)))  # and so are all numbers in both
     finite = torch.isfinite(x)
     if not torch.equal(finite, torch.isfinite(y)) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
         return float("inf")
     if not finite.any():
         return 0.0
-    scale = max(magnitude, _magnitude(x))
-    difference = (x[finite] - y[finite]).abs().max().item()
+    return _ratio((x[finite] - y[finite]).abs().max().item(), max(magnitude, _magnitude(x)))
+
+
+def _ratio(difference: float, scale: float) -> float:
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))

@@ -54,12 +54,12 @@ def _caches(root: nn.Module, call: Any, state: State) -> list[tuple[nn.Module, s
     try:
         _run(root, call, state, restore=False)
         warm = State(modules)
+        if _other(root, call, warm, restore=False) is None or not (replaced := _changed(warm)):
+            return []
+        warm.restore(modules)
         _run(root, call, warm, restore=False)
         counted = _changed(warm)
-        warm.restore(modules)
-        if _other(root, call, warm, restore=False) is None:
-            return []
-        return [item for item in _changed(warm) if item not in counted]
+        return [item for item in replaced if item not in counted]
     finally:
         state.restore(modules)
 

@@ -683,6 +683,8 @@ class Session(TorchFunctionMode):
         """Why a part may not be taken for what it computes by itself: the Python around it has a say in that."""
         inner = set(module.modules())
         for part in inner:
+            if part not in self.state.attributes:
+                return f"it makes a {type(part).__name__} at its first call"
             for name, value in self.state.attributes[part].items():
                 if differs(value, part.__dict__.get(name)):
                     return f"the Python around it sets its {name}"

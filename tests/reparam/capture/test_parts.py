@@ -475,3 +475,40 @@ def test_what_a_part_makes_anew_has_to_come_out_the_same(make: Any, left: int, k
     assert result.report.after.norms == left
     for _ in range(3):
         compare(model(x), result(x), 1e-9)
+
+
+class _Late(nn.Module):
+    def forward(self, x):
+        if not hasattr(self, "late"):
+            self.late = nn.ReLU()
+        return self.late(x)
+
+
+class _Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.kept = nn.Conv2d(4, 4, 3, padding=1), {}
+
+    def forward(self, x):
+        x = self.conv(x)
+        if x.shape[3] not in self.kept:
+            self.kept[x.shape[3]] = torch.linspace(0, 1, x.shape[3])
+        return x * self.kept[x.shape[3]]
+
+
+class _Chunks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(_Remembers(), _Late())
+
+    def forward(self, x):
+        return torch.cat([part * (i + 1) for i, part in enumerate(self.inner(x).chunk(4, 2))], 2)
+
+
+def test_a_part_may_make_modules_at_its_first_call():
+    """What was not there when recording began is no part."""
+    model, x = _Chunks().eval(), torch.randn(1, 4, 12, 12)
+    compiled = reparam.compile(model, x)
+    for size in (12, 9):
+        x = torch.randn(1, 4, size, size)
+        torch.testing.assert_close(compiled(x), model(x))
