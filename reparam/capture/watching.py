@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam import depthwise
 from reparam.capture.sizes import Number
 from reparam.capture.state import may_write, written_by
 from reparam.capture.structures import leaves
@@ -83,7 +82,7 @@ class Net(TorchDispatchMode):
         if tape is None or session.paused:
             if may_write(func):
                 session.writes_of_python.note(func, args, kwargs)
-            return session.note_made(depthwise.called(func, args, kwargs), None)
+            return session.note_made(func(*args, **kwargs), None)
         if not session.inside and any(tape.is_activation(value) for value in leaves((args, kwargs))):
             session.refuse(f"{func} reads an activation unseen")
         if not session.inside and torch.Tag.nondeterministic_seeded in func.tags:
@@ -97,4 +96,4 @@ class Net(TorchDispatchMode):
         if may_write(func):
             for tensor in written_by(func, args, kwargs):
                 session.writes(tensor, func)
-        return session.note_made(depthwise.called(func, args, kwargs), tape)
+        return session.note_made(func(*args, **kwargs), tape)
