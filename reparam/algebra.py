@@ -491,6 +491,28 @@ class Conv(Weighted):
         # The terms of a sum lie where their own padding puts them.
         return replace(self._summed() if self.terms else self, padding=padding)
 
+    def then_border(self, pad: Pad) -> Conv:
+        """``W*x + b`` with b written around it, ``W *_p x + b``: where a kernel reads nothing but zeros, b is left.
+
+        Exact when the first output before the present ones, and the first after them, already read no input: when
+        ``before > extent - stride`` and ``after >= extent``, as for a single tap without a crop.
+
+        Args:
+            pad: How wide the border is; its own value is not looked at.
+
+        Raises:
+            AlgebraError: Some taps would read the input there, or something else than zeros; or the border is a crop.
+        """
+        if self.padding_mode != ZEROS:
+            raise AlgebraError(f"the convolution has {self.padding_mode} padding")
+        padding = []
+        axes = zip(self.padding, self._last_axes(pad), self.stride, self.extent, strict=True)
+        for (before, after), (first, last), stride, extent in axes:
+            if min(first, last) < 0 or (first and before <= extent - stride) or (last and after < extent):
+                raise AlgebraError("what lies around the output is not its bias")
+            padding.append((before + stride * first, after + stride * last))
+        return replace(self._summed() if self.terms else self, padding=tuple(padding))
+
     def _after_affine(self, norm: ChannelAffine) -> Conv:
         """``W*(sx + t) + b = (Ws)*x + (b + W·t)``, exact when t = 0 or nothing reads zeros that were padded.
 

@@ -14,9 +14,8 @@ import torch.export
 import torch.fx
 from torch import Tensor, nn
 
-from reparam import aliasing, emit, facts, measure, views
+from reparam import aliasing, borders, emit, facts, measure, views
 from reparam import capture as capturing
-from reparam import probe as probing
 from reparam import rewrite as rewriting
 from reparam.capture import exported
 from reparam.capture.modes import below, modes_kept
@@ -293,19 +292,22 @@ def _rewritten(
         where = str(node.target) if node.op == "call_module" else str(node.meta.get("scope", ""))
         if node.op.startswith("call") and not selects(".".join(filter(None, (options.prefix, where)))):
             node.meta["frozen"] = aliasing.OUTSIDE
+    before = measure.kinds_of_graph(captured.graph, modules, replaced)
+    facts.settle_ranks(captured.graph.nodes, modules)
+    borders_read = borders.read(captured.graph, modules)
     aliasing.make_out_of_place(captured.graph, modules)
     # What reads an input after it was changed in place reads the result now.
     facts.settle_inputs(captured.graph.nodes, modules)
     views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules, options.cost)
-    before = measure.kinds_of_graph(graph.fx, modules, replaced)
-    return graph, rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress), before
+    outcome = rewriting.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)
+    outcome.remarks[:0] = borders_read
+    return graph, outcome, before
 
 
 def _compile_graph(captured: capturing.Capture, options: _Options, name: str) -> tuple[CompiledModel, _Work]:
     """Rewrite what was traced, and compile what lies inside of its opaque leaves."""
     modules = captured.modules
-    captured.remarks = probing.add_remarks(captured.remarks, probing.probe(captured.graph, modules))
     parts = _compile_parts(captured, options)
     graph, outcome, before = _rewritten(captured, options, parts.before)
     used = emit.emit(graph, *_dtypes(modules))
@@ -361,7 +363,6 @@ def _selection(model: Any, where: str | Sequence[str] | Callable[[str], bool]) -
 def _spans(captured: capturing.Capture, options: _Options) -> set[str]:
     """Paths of the modules in which a captured graph has something to fuse; the graph is of no use afterwards."""
     plain = replace(options, verify=False, progress=None)
-    probing.probe(captured.graph, captured.modules)
     return _rewritten(captured, plain)[1].spans
 
 

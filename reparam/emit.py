@@ -231,21 +231,15 @@ def _take_as_operator(graph: Graph, node: Node) -> None:
     """A convolution that nothing fused with becomes a layer, too, where its model has none for it.
 
     That is where a function was called with a kernel, which may have been computed from parameters by a program that
-    runs no longer; and where Python that launches more kernels turned out to be a convolution.
+    runs no longer.
     """
     from reparam.rewrite import calls, origins
 
     operator = graph.op(node) if not isinstance(node.target, Operator) else None
-    precision: torch.dtype | None
-    if node.op == "call_function" and isinstance(operator, AnyConv):
-        precision = operator.weight.dtype
-    elif "operator" in node.meta and isinstance(operator, Operator) and node.meta["kernels"] > kernels_of(operator):
-        parameters = graph.modules[str(node.target)].parameters()
-        precision = next((p.dtype for p in parameters if p.is_floating_point()), None)
-    else:
+    if node.op != "call_function" or not isinstance(operator, AnyConv):
         return
     source = graph.source(node)
-    node.meta.update(origins=origins(node), calls=calls(node), precision=precision)
+    node.meta.update(origins=origins(node), calls=calls(node), precision=operator.weight.dtype)
     node.op, node.target, node.args, node.kwargs = "call_function", operator, (source,), {}
 
 

@@ -62,8 +62,8 @@ def keeps(cls: type, base: type) -> bool:
 
 
 def is_opaque(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node calls Python that was not traced, and of which nothing else is known."""
-    if node.op != "call_module" or "operator" in node.meta:
+    """Whether a node calls Python that was not traced."""
+    if node.op != "call_module":
         return False
     module = modules[str(node.target)]
     return not is_leaf(module) or carries_hooks(module)

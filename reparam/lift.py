@@ -103,10 +103,6 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
 
 
 def _lift_module(node: Node, module: nn.Module, modules: Modules) -> Operator | Sum | Refusal | None:
-    if "operator" in node.meta:
-        # Found by running it; see :mod:`reparam.probe`.
-        found: Operator = node.meta["operator"]
-        return found
     cls = leaf_class(type(module))
     if cls is None or not is_leaf(module):
         return None

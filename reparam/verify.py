@@ -277,11 +277,7 @@ def evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[No
 
 
 class InDouble:
-    """A module's forward with its parameters and buffers in float64.
-
-    Attributes:
-        storages: Identities of the memory that these lie in.
-    """
+    """A module's forward with its parameters and buffers in float64."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -293,7 +289,6 @@ class InDouble:
                 self.module = copy.deepcopy(module).double().eval()
         tensors = (*self.module.named_parameters(), *self.module.named_buffers())
         self.tensors = {name: doubled(tensor) for name, tensor in tensors}
-        self.storages = frozenset(tensor.untyped_storage()._cdata for tensor in self.tensors.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output.

@@ -868,6 +868,34 @@ def test_terms_without_padding_go_with_any_border() -> None:
     assert fused.padding_mode == "circular"
 
 
+@given(st.data(), strategies.dimensions)
+def test_bias_around_an_output(data: st.DataObject, space: int) -> None:
+    """A border of the bias is more padding, and is refused just where more padding is something else."""
+    kernel_size = data.draw(st.sampled_from([(1,) * space, None]))
+    conv = data.draw(strategies.convs(space, kernel_size=kernel_size, mode=data.draw(strategies.modes)))
+    border = data.draw(strategies.pads(space, crops=False))
+    amounts = [amount for pair in reversed(border.padding) for amount in pair]
+    more = [[s * n for n in pair] for s, pair in zip(conv.stride, border.padding, strict=True)]
+    padding = tuple((p[0] + m[0], p[1] + m[1]) for p, m in zip(conv.padding, more, strict=True))
+    right = conv.padding_mode == "zeros"
+    candidate = dataclasses.replace(conv, padding=padding) if right else conv
+    bias = torch.zeros(conv.out_channels, dtype=torch.float64) if conv.bias is None else conv.bias
+    pairs = []
+    for x in inputs(conv.in_channels, space, [conv], count=remainders(conv)):
+        inside = plain(conv, x)
+        is_inside = F.pad(torch.ones_like(inside), amounts) == 1
+        expected = torch.where(is_inside, F.pad(inside, amounts), bias.view(-1, *[1] * space))
+        pairs.append((x, expected))
+        right = right and same(plain(candidate, x), expected)
+    if right:
+        bordered = combine(lambda c: c.then_border(border), conv)
+        for x, expected in pairs:
+            assert_same(plain(bordered, x), expected)
+    else:
+        with pytest.raises(AlgebraError):
+            conv.then_border(border)
+
+
 def test_diverse_branch_block() -> None:
     """1x1, then norm, then a border of what the norm makes of zero, then 3x3 (Ding et al. 2021, arXiv 2103.13425)."""
     squeeze = Conv(random_tensor((6, 4, 1, 1), 0))
