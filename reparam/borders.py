@@ -101,10 +101,9 @@ def _surround(pad: Pad, writes: Sequence[Node], rank: int) -> bool:
         return False
     for write in writes:
         items = facts.indices(write.args[1], rank) or []
-        (axis, item), *others = [(axis - rank, item) for axis, item in enumerate(items) if item != slice(None)] or [
-            (0, None)
-        ]
-        if others or not isinstance(item, slice) or item.step not in (None, 1):
+        limited = [(axis - rank, item) for axis, item in enumerate(items) if item != slice(None)]
+        axis, item = limited[0] if len(limited) == 1 else (0, None)
+        if not isinstance(item, slice) or item.step not in (None, 1):
             return False
         match item.start or 0, item.stop:
             case 0, int(stop) if left.get((axis, 0)) == stop:
