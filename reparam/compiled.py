@@ -246,7 +246,8 @@ class Sealed(dict[str, Any]):
             self._refuse(min(self.made))
 
     def _refuse(self, name: str) -> None:
-        raise AttributeError(f"{name!r} was fused with others when this was compiled, and is not what it was before")
+        said = f"{name!r} was fused with others, or replaced, when this was compiled, and is not what it was before"
+        raise AttributeError(said)
 
 
 # Where torch hands the children of a sequence to the code of a model.
