@@ -349,6 +349,7 @@ class _Subject:
 
     def check_state(self, x: Tensor) -> None:
         """A call like one before changes nothing: neither what the module holds nor what it answers."""
+        self.restore()  # its first call may be another
         first = self(x)
         held = capture.State(self.world)
         self(-x)
