@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -68,6 +69,12 @@ class CompiledModel(torch.fx.GraphModule):
 
     def __copy__(self) -> CompiledModel:
         return self._like(CompiledModel(self, self.graph, type(self).__name__), self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        twin: CompiledModel = super().__deepcopy__(memo)  # type: ignore[assignment]
+        # Those of a forward are not among what torch.fx copies.
+        capturing.move_hooks(copy.deepcopy(self.__dict__, memo), twin)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         restore, arguments = super().__reduce__()

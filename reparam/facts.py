@@ -346,7 +346,7 @@ def is_floating(node: Node) -> bool:
 
 
 def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
-    """Decide how many axes inputs have, and which may be of integers, where no example shows it.
+    """Decide how many axes inputs have, and which values may be of integers, where no run has shown it.
 
     An input that a convolution reads has the axes that convolutions read. Inputs are taken to be of floating-point
     numbers, with two exceptions: what arithmetic turns into indices, and images that are divided (``image / 255``)
@@ -361,7 +361,7 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
             index = any(_looks_up(reader, modules) for reader in _readers(node, live, _is_arithmetic))
             read_by_layer = any(is_layer(reader, modules) for reader in node.users if reader in live)
             node.meta["floating"] = read_by_layer or not (divided or index)
-        elif node.op in ("call_function", "call_method"):
+        elif node.op in ("call_function", "call_method") and "dtype" not in node.meta:
             node.meta["floating"] = is_floating(node)
 
 

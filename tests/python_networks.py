@@ -304,6 +304,76 @@ STATEMENTS: dict[str, tuple[str, str]] = {
         "self.mean# = torch.zeros(())",
         "self.mean# = 0.9 * self.mean# + 0.1 * x.mean()\nx = x - self.mean#",
     ),
+    "counter that begins at none": ("self.calls# = None", "self.calls# = (self.calls# or 0) + 1\nx = x * self.calls#"),
+    "counter that is made late": ("", 'self.calls# = getattr(self, "calls#", 0) + 1\nx = x * self.calls#'),
+    "counter in an object": (
+        "from types import SimpleNamespace\nself.state# = SimpleNamespace(calls=0)",
+        "self.state#.calls += 1\nx = x * self.state#.calls",
+    ),
+    "counter in a module": (
+        "self.state# = nn.Module()\nself.state#.calls = 0",
+        "self.state#.calls += 1\nx = x * self.state#.calls",
+    ),
+    "counter in a list in a dict": (
+        'self.state# = {"calls": [0]}',
+        'self.state#["calls"][0] += 1\nx = x * self.state#["calls"][0]',
+    ),
+    "a queue": (
+        "from collections import deque\nself.queue# = deque(maxlen=2)",
+        "self.queue#.append(x.mean())\nx = x * len(self.queue#) + sum(self.queue#)",
+    ),
+    "the first call": ("self.warm# = None", "x = x * (3 if self.warm# else 2)\nself.warm# = True"),
+    "the size before": (
+        "self.before# = None",
+        "y = x * (2 if self.before# == x.shape[2] else 3)\nself.before# = x.shape[2]\nx = y",
+    ),
+    "a layer that is set": (
+        "self.pool# = nn.AvgPool2d(8)",
+        "self.pool#.kernel_size = tuple(x.shape[2:])\nx = x * self.pool#(x)",
+    ),
+    "a setting for a while": (
+        "self.norm# = nn.BatchNorm2d(4)",
+        "self.norm#.eps = 0.5\nx = self.norm#(x)\nself.norm#.eps = 1e-5",
+    ),
+    "weights for a while": (
+        "self.conv# = nn.Conv2d(4, 4, 1)",
+        "w = self.conv#.weight\nself.conv#.weight = nn.Parameter(w * 2)\nx = self.conv#(x)\nself.conv#.weight = w",
+    ),
+    "functional call": (
+        "self.block# = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))",
+        "p = {k: 2 * v for k, v in self.block#.named_parameters()}\n"
+        "x = torch.func.functional_call(self.block#, p, x) + self.block#(x)",
+    ),
+    "a layer's copy": (
+        "self.norm# = nn.Sequential(nn.BatchNorm2d(4))",
+        "import copy\ny = copy.deepcopy(self.norm#)\ny[0].eps = 0.5\nz = copy.copy(self.norm#[0])\nz.eps = 1.0\n"
+        "x = y(x) + z(x) + self.norm#(x)",
+    ),
+    "a layer that is added": (
+        "self.list# = nn.Sequential(nn.ReLU())",
+        "if len(self.list#) == 1:\n    self.list#.append(nn.Sigmoid())\nx = self.list#(x)",
+    ),
+    "settings of a part": (
+        "self.part# = Scaled()",
+        "self.part#.size = x.shape[2:]\nx = self.part#(x)",
+    ),
+    "settings of a part that decides": (
+        "self.part# = Scaled(True)",
+        "self.part#.size = x.shape[2:]\nx = self.part#(x)",
+    ),
+    "a dict that two hold": (
+        "self.held# = {}\nself.part# = Scaled(held=self.held#)",
+        'self.held#["size"] = x.shape[2:]\nx = self.part#(x)',
+    ),
+    "a size that a part keeps": (
+        "self.part# = Keeps()",
+        "y = self.part#(x)\nx = F.interpolate(y, size=self.part#.size)",
+    ),
+    "numpy of as many as a size": (
+        "",
+        "import numpy\nx = x + torch.from_numpy(numpy.linspace(0, 1, x.shape[3])).to(x)",
+    ),
+    "integers of a size": ("", "i = torch.arange(x.shape[2])\ni = (i + 1) * 2 - i - 2\nx = x + x[:, :, i]"),
     "a dict of layers by size": (
         "self.small#, self.large# = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)",
         "x = (self.large# if x.shape[2] > 8 else self.small#)(x)",
@@ -398,6 +468,34 @@ class Images(list[Any]):
         return self[0]
 
 
+class Scaled(nn.Module):
+    """Makes images of a size that others set."""
+
+    def __init__(self, decides: bool = False, held: Any = None) -> None:
+        super().__init__()
+        self.size, self.decides, self.held = (9, 12), decides, held
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.interpolate(self.block(x), scale_factor=2)
+        if self.decides and y.mean() > 1e9:
+            return x
+        return nn.functional.interpolate(y, size=self.held["size"] if self.held is not None else self.size)
+
+
+class Keeps(nn.Module):
+    """Makes images smaller, and keeps how large they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = None
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = x.shape[2:]  # type: ignore[assignment]
+        return self.block(x)  # type: ignore[no-any-return]
+
+
 def as_tuple_on_request(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -417,7 +515,7 @@ _BEGIN = """import functools, math
 import torch, torch.utils.checkpoint
 import torch.nn.functional as F
 from torch import nn
-from python_networks import Boxed, Images, ModelOutput, Out, Pair, as_tuple_on_request, memoised
+from python_networks import Boxed, Images, Keeps, ModelOutput, Out, Pair, Scaled, as_tuple_on_request, memoised
 
 """
 

@@ -39,7 +39,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     for module in wrappers:
         memo[id(module)] = Wrapper.__new__(Wrapper)
     left = [module for module in modules if id(module) not in memo]
-    plain = [module for module in left if _copies_plainly(type(module))]  # type: ignore[arg-type]
+    plain = [module for module in left if is_copied_plainly(type(module))]  # type: ignore[arg-type]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     try:
@@ -120,7 +120,7 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _copies_plainly(cls: Any) -> bool:
+def is_copied_plainly(cls: Any) -> bool:
     """Whether copying ``__dict__`` copies an instance: no method or slot says otherwise."""
     special = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__", "__getnewargs__")
     own = [base for base in inspect.getmro(cls) if base not in (nn.Module, object)]
@@ -210,9 +210,12 @@ def own_tensors(root: nn.Module, shared: frozenset[int]) -> None:
                 clone = value.detach().clone()
                 clones[key] = nn.Parameter(clone, value.requires_grad) if is_parameter else clone
             return clones[key]
-        if type(value) in (list, tuple):
-            return type(value)(owned(item) for item in value)
-        return {k: owned(v) for k, v in value.items()} if type(value) is dict else value
+        # Several modules may hold the same list or dict, and go on doing so.
+        if type(value) is list:
+            value[:] = map(owned, value)
+        elif type(value) is dict:
+            value.update({k: owned(v) for k, v in value.items()})
+        return tuple(map(owned, value)) if type(value) is tuple else value
 
     for module in root.modules():
         if isinstance(module, torch.jit.ScriptModule):

@@ -76,8 +76,8 @@ def _raises(code: CodeType, offset: int) -> bool:
     steps, places = _steps(code)
     at = next((index for index, step in enumerate(steps) if step.offset >= offset), len(steps))
     jump = next((i for i in range(at, min(at + 6, len(steps))) if _branches(steps[i])), None)
-    if jump is None:
-        return False
+    if jump is None or any(step.opname.startswith("STORE") for step in steps[at:jump]):
+        return False  # it is kept for later
     return any(_always_raises(code, start) for start in (jump + 1, places.get(steps[jump].argval, len(steps))))
 
 

@@ -29,7 +29,7 @@ from torch.utils.weak import TensorWeakRef
 
 from reparam import aliasing, facts
 from reparam.capture import aten
-from reparam.capture.caches import differs
+from reparam.capture.caches import is_same
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.demands import is_demanded, is_guarded
 from reparam.capture.modes import below
@@ -38,7 +38,7 @@ from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_al
 from reparam.capture.state import State, UnrecordableError, Writes, same_items
 from reparam.capture.structures import leaves, mapped
 from reparam.capture.tape import Call, Frame, Recorded, RestartError, Tape, tidy
-from reparam.capture.watching import Net, Pieces, Watched
+from reparam.capture.watching import Net, Pieces, Seen, Watched
 from reparam.capture.words import said
 from reparam.conditions import Argument, kind_of
 from reparam.errors import first_line
@@ -76,6 +76,8 @@ class Session(TorchFunctionMode):
         self.root, self.free, self.given, self.only = root, free, given, only
         self.modules = list(root.modules())
         self.state = State(())
+        self.left: dict[nn.Module, State] = {}  # what modules came to hold in their own calls
+        self.kept: set[nn.Module] = set()  # those that change as they did, since they are run as they are
         self.storages = tensor_storages(self.modules)
         self.owners: dict[int, nn.Module] = {}  # of tensors, while it is watched who looks into modules
         self.writes_of_python = Writes(self.storages)
@@ -118,7 +120,7 @@ class Session(TorchFunctionMode):
             self.failed = self.genuine = None
             self.doubtful, self.running, self.read, self.made = [], [], set(), {}
             with self._intercepting():
-                self.state = State(self.modules)
+                self.state, self.left, self.kept = State(self.modules), {}, set()
                 self.holders = {}
                 for module, contents in self.state.contents.items():
                     for name in contents:
@@ -129,7 +131,7 @@ class Session(TorchFunctionMode):
                         calls = entries or [("forward", call)]
                         if isinstance(recorded, str):
                             recorded = self._run_as_python(calls, recorded)
-                        self._check_constants(calls)
+                        self._check_constants(calls, recorded)
                     recorded.by_size, recorded.draws = self.by_size, bool(self.draws)
                     if recorded.parts and not self.watching:
                         self.watching = True  # now that there is Python that stays, and parts that it might look into
@@ -162,22 +164,38 @@ class Session(TorchFunctionMode):
                 found |= self._read_parts(part)
         return found
 
-    def _check_constants(self, calls: Sequence[tuple[str, Call]]) -> None:
-        """Run the root once more where tensors were replaced by others: they must come out the same again.
+    def _check_constants(self, calls: Sequence[tuple[str, Call]], recorded: Recorded) -> None:
+        """Run the root once more where modules came to hold other things: it must return, and make, the same again.
 
         Raises:
-            RestartError: They do not; the modules that hold them are opaque from now on.
+            RestartError: It does not; the modules that hold them are opaque from now on.
         """
-        if not self.doubtful:
+        changed = [module for module in self.modules if self.state.difference(module)]
+        if not (changed or self.doubtful):
             return
-        for name, call in calls:
-            args, kwargs = _cloned(call)
-            getattr(self.root, name)(*args, **kwargs)
-        others = [item for item in self.doubtful if not _is_same(item[2], _held(item[0], item[1]))]
+        for module in self.root.modules():
+            sizes = {k: v for k, v in module.__dict__.items() if any(isinstance(leaf, SYMBOLIC) for leaf in leaves(v))}
+            module.__dict__.update({name: mapped(value, hinted) for name, value in sizes.items()})
+        held = [(module, *item) for module in changed for item in module.__dict__.items()]
+        numbers = [item for item in held if isinstance(item[2], (bool, int, float, str))]
+        output: Any = None
+        try:
+            for name, call in reversed(calls):
+                args, kwargs = _cloned(call)
+                output = getattr(self.root, name)(*args, **kwargs)
+        except Exception as error:
+            output = error
+        others = {module: name for module, name, value in self.doubtful if not _is_same(value, _held(module, name))}
+        others |= {module: name for module, name, value in numbers if module.__dict__.get(name) != value}
         self.doubtful = []
-        for module, name, _ in others:
-            self.opaque[module] = f"it changes its own {name} at every call"
-        if others:
+        reasons = {module: f"it changes its own {name} at every call" for module, name in others.items()}
+        if recorded.graph is not None and not is_same(output, recorded.output):
+            reasons |= dict.fromkeys(changed, "it computes something else when it is called again")
+        stay = {self.root} if recorded.graph is None else set()
+        if reasons := {
+            m: reason for m, reason in reasons.items() if m not in self.kept | stay and m not in self.opaque
+        }:
+            self.opaque |= reasons
             raise RestartError
 
     def _run_as_python(self, entries: Sequence[tuple[str, Call]], reason: str) -> Recorded:
@@ -338,7 +356,7 @@ class Session(TorchFunctionMode):
         looked_into = [module for module in watched if type(module.__dict__.get("_modules")) is dict]
         try:
             for module in seen:
-                module.__dict__["_compiled_call_impl"] = partial(self._called, module)
+                module.__dict__["_compiled_call_impl"] = Seen(module, self._called)
             for module in looked_into:
                 for name in ("_modules", "_parameters", "_buffers"):
                     module.__dict__[name] = Watched(module.__dict__[name], partial(self._looked_into, module))
@@ -382,7 +400,11 @@ class Session(TorchFunctionMode):
             is_seen = any(tape.is_activation(leaf) or isinstance(leaf, SYMBOLIC) for leaf in leaves((args, kwargs)))
             is_kept, reason = self._is_kept(module)
             frame = None if is_kept else tape.push(path, module, (args, kwargs))
+            found = self._set_around(module)
+            set_before = found and f"it sets the {found} of its {path}"
         if frame is None:
+            if set_before is not None:
+                self.refuse(set_before)
             if not is_seen and not carries_hooks(module):
                 return module._call_impl(*args, **kwargs)
             return self._leaf(tape, module, path, args, kwargs, reason)
@@ -405,6 +427,8 @@ class Session(TorchFunctionMode):
             except RestartError:
                 self.opaque[module] = first_line(error)
                 raise
+            if set_before is not None:
+                self.refuse(set_before)  # which was taken back
             if self.refused_size:
                 self.refused_size = False
                 try:
@@ -413,7 +437,14 @@ class Session(TorchFunctionMode):
                     pass
             return self._leaf(tape, module, path, args, kwargs, reason)
         tape.frames.pop()
+        if set_before is not None or self._set_around(module) is not None:
+            self._leave(module)
         return result
+
+    def _leave(self, module: nn.Module) -> None:
+        """Take what a module has come to hold in its own call for what it holds from then on."""
+        state = State(module.modules())
+        self.left.update(dict.fromkeys(state.attributes, state))
 
     # Deciding in all ways.
 
@@ -587,6 +618,9 @@ class Session(TorchFunctionMode):
                 result = self._renamed(tape, result)
             else:
                 given = self._written(tape, args, kwargs, given)
+            if reason is not None or carries_hooks(module):
+                self._leave(module)
+                self.kept.update(module.modules())
             node = tape.node("call_module", path, *given)
             node.meta["scope"] = path
             tape.valueless.discard(node)
@@ -671,6 +705,9 @@ class Session(TorchFunctionMode):
         if not isinstance(recorded, str) and (reason := _shares_memory(recorded)) is not None:
             self.opaque[module] = reason
             raise RestartError
+        if not isinstance(recorded, str) and (name := self._left_behind(module)) is not None:
+            self.opaque[module] = f"the Python around it may read its {name}"
+            raise RestartError
         if isinstance(recorded, str):
             parts[path] = Recorded(module, None, {}, ((), {}))
             reason = f"{type(module).__name__} is kept as it is: {recorded}"
@@ -681,13 +718,10 @@ class Session(TorchFunctionMode):
 
     def _obstacle(self, module: nn.Module) -> str | None:
         """Why a part may not be taken for what it computes by itself: the Python around it has a say in that."""
+        if (name := self._set_around(module)) is not None:
+            return f"the Python around it sets its {name}"
         inner = set(module.modules())
         for part in inner:
-            if part not in self.state.attributes:
-                return f"it makes a {type(part).__name__} at its first call"
-            for name, value in self.state.attributes[part].items():
-                if differs(value, part.__dict__.get(name)):
-                    return f"the Python around it sets its {name}"
             for name in self.state.contents[part]:
                 if (
                     name not in ("_modules", "_parameters", "_buffers")
@@ -695,6 +729,32 @@ class Session(TorchFunctionMode):
                 ):
                     return f"it shares its {name} with the Python around it"
         return None
+
+    def _set_around(self, module: nn.Module) -> str | None:
+        """What a module holds, by name, that neither was there nor comes from its own calls."""
+        for part in module.modules():
+            state = self.left.get(part, self.state)
+            name = state.difference(part) if part in state.attributes else "modules"
+            if name is not None:
+                return name.lstrip("_")
+        return None
+
+    def _left_behind(self, module: nn.Module) -> str | None:
+        """A size or another number that a part came to hold."""
+        for part in module.modules():
+            before = self.state.attributes.get(part, {})
+            for name, value in part.__dict__.items():
+                if value is not before.get(name) and any(
+                    isinstance(leaf, (bool, int, float, str, *SYMBOLIC)) for leaf in leaves(value)
+                ):
+                    return name
+        return None
+
+    def restore(self, module: nn.Module) -> None:
+        """Put back what a module and those in it held before."""
+        self.state.restore(part for part in module.modules() if part in self.state.attributes)
+        for part in module.modules():
+            self.left.pop(part, None)
 
     # Calls of torch.
 
@@ -917,8 +977,10 @@ class Session(TorchFunctionMode):
 
     # Decisions.
 
-    def decide(self, number: Number, outcome: bool, *, small: bool = False, demanded: bool = False) -> None:
-        """Told of a number that Python decides by."""
+    def decide(
+        self, number: Number, outcome: bool, *, small: bool = False, demanded: bool = False, pins: bool = False
+    ) -> None:
+        """Told of a number that Python decides by, or that it pins to what it is."""
         tape = self.tape
         if tape is None or self.inside or self.paused:
             return
@@ -933,7 +995,7 @@ class Session(TorchFunctionMode):
             said = words(number, outcome)
         if any(isinstance(s.operands[0], Node) and s.operands[0] in tape.uncertain for s in sources):
             self.refuse("it decides by how many values there are of some kind")
-        demanded = demanded or is_demanded()
+        demanded = demanded or (not pins and is_demanded())
         if self.collecting and tape.is_part:
             if not demanded and not small:
                 self.collecting[-1].append((number, outcome))
@@ -978,7 +1040,9 @@ class Session(TorchFunctionMode):
 
     def _check_state(self, module: nn.Module) -> None:
         """Refuse what a module comes to hold; what seems to come from constants alone is looked at again later."""
-        self.state.check(module, self.remembers)
+        for part in module.modules():
+            if part in self.state.attributes:
+                self.left.get(part, self.state).check(part, self.remembers)
         replaced = [
             name
             for name, old in self.state.contents[module].items()

@@ -228,7 +228,7 @@ def pinned(number: Number) -> Any:
     if type(number.hint) is bool:
         number.recorder.decide(number, number.hint)
     else:
-        number.recorder.decide(Number(number.recorder, operator.eq, (number, number.hint), True), True)
+        number.recorder.decide(Number(number.recorder, operator.eq, (number, number.hint), True), True, pins=True)
     return number.hint
 
 

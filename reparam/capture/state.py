@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam.capture.copies import ATOMS, OWN_DICTS, ROOT_HOOKS, storage_of, tensor_storages
+from reparam.capture.copies import ATOMS, OWN_DICTS, ROOT_HOOKS, is_copied_plainly, storage_of, tensor_storages
 from reparam.capture.modes import below
 
 # Whether a value holds something of a call (True), something that sizes and constants alone give (False), or neither.
@@ -38,6 +39,16 @@ class State:
             }
             for module, attributes in self.attributes.items()
         }
+        seen: set[int] = set()
+        self.inner = {
+            module: [
+                (name, holder, dict(holder) if isinstance(holder, dict) else list(holder))
+                for name, value in attributes.items()
+                if type(value) not in ATOMS and name not in OWN_DICTS
+                for holder in _inside(value, seen, 0)
+            ]
+            for module, attributes in self.attributes.items()
+        }
 
     def check(self, module: nn.Module, remembers: Remembers | None = None) -> None:
         """Raise UnrecordableError when the module is not as it was, and may compute something else the next time.
@@ -54,13 +65,15 @@ class State:
             if value is not new:
                 differ = _differ(value, new, remembers)
             else:
-                differ = name in contents and self._grew(module, name, remembers)
+                differ = name in contents and self._grew(contents[name], value, remembers)
             if differ:
                 raise UnrecordableError(f"it changes its own {name.lstrip('_')} at every call")
+        for name, value, old in self.inner[module]:
+            if self._grew(old, value, remembers):
+                raise UnrecordableError(f"it changes what is in its own {name.lstrip('_')} at every call")
 
-    def _grew(self, module: nn.Module, name: str, remembers: Remembers | None) -> bool:
+    def _grew(self, old: Any, new: Any, remembers: Remembers | None) -> bool:
         """Whether a container holds other things than before, or has come to hold something of the call."""
-        old, new = self.contents[module][name], module.__dict__[name]
         if same_items(old, new):
             return False
         if isinstance(old, dict):
@@ -76,24 +89,24 @@ class State:
             )
         return gone or any(_differ(before, after, remembers) for before, after in pairs)
 
-    def changed(self) -> bool:
-        """Whether any of the modules holds something else than before."""
-        return any(
-            module.__dict__.keys() != attributes.keys()
-            or any(module.__dict__[name] is not value for name, value in attributes.items())
-            or not all(same_items(module.__dict__[name], old) for name, old in self.contents[module].items())
-            for module, attributes in self.attributes.items()
-        )
+    def difference(self, module: nn.Module) -> str | None:
+        """The name of an attribute that holds something else than before."""
+        before, now = self.attributes[module], module.__dict__
+        for name in before.keys() | now.keys() if before.keys() != now.keys() else before:
+            if (value := now.get(name)) is not before.get(name) and _differ_at_all(before.get(name), value):
+                return name
+        contents = ((name, now[name], old) for name, old in self.contents[module].items())
+        return next((n for n, value, old in (*contents, *self.inner[module]) if not same_items(value, old)), None)
 
     def restore(self, modules: Iterable[nn.Module]) -> None:
         """Put back attributes, and what was in lists, dicts and sets."""
         for module in modules:
             attributes = self.attributes[module]
-            for name, contents in self.contents[module].items():
-                value = attributes[name]
+            held = [(attributes[name], contents) for name, contents in self.contents[module].items()]
+            for value, contents in held + [(value, old) for _, value, old in self.inner[module]]:
                 if not same_items(value, contents):
                     value.clear()
-                    (value.extend if isinstance(value, list) else value.update)(contents)
+                    (value.extend if isinstance(value, (list, deque)) else value.update)(contents)
             if not same_items(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
@@ -195,6 +208,30 @@ def move_hooks(attributes: Mapping[str, Any], model: nn.Module) -> None:
 _HOOK_DICTS = OWN_DICTS - {"_parameters", "_buffers", "_modules"}
 
 
+# How deep what may change is looked for in the attributes of a module.
+_DEPTH = 4
+
+
+def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
+    """What a forward might change inside of an attribute: containers in it, and the attributes of plain objects."""
+    cls = type(value)
+    if cls in ATOMS or isinstance(value, (Tensor, nn.Module, type)) or id(value) in seen or depth > _DEPTH:
+        return
+    seen.add(id(value))
+    parts: Iterable[Any] = ()
+    if isinstance(value, (list, dict, set, deque)):
+        if depth or isinstance(value, deque):
+            yield value
+        parts = value.values() if isinstance(value, dict) else value
+    elif isinstance(value, tuple):
+        parts = value
+    elif cls is SimpleNamespace or (type(getattr(value, "__dict__", None)) is dict and is_copied_plainly(cls)):  # type: ignore[arg-type]
+        yield value.__dict__
+        parts = value.__dict__.values()
+    for part in list(parts):
+        yield from _inside(part, seen, depth + 1)
+
+
 def same_items(a: Any, b: Any) -> bool:
     """Whether two containers hold the very same objects, in the same order."""
     if not a or not b:
@@ -213,6 +250,10 @@ def _differ(old: Any, new: Any, remembers: Remembers | None) -> bool:
     if old is None:
         return False
     return type(old) is not type(new) or not isinstance(old, (bool, int, float, str, tuple)) or old != new
+
+
+def _differ_at_all(old: Any, new: Any) -> bool:
+    return type(old) is not type(new) or not isinstance(old, (bool, int, float, str, tuple)) or bool(old != new)
 
 
 class NoSideEffects(TorchDispatchMode):

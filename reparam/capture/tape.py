@@ -83,6 +83,7 @@ class Frame:
     conditions: int
     remarks: int
     serial: int
+    decisions: int
     arguments: list[tuple[Any, Any]]
     oldest_write: float = math.inf
     dtypes: dict[torch.dtype, Node] = field(default_factory=dict)
@@ -381,10 +382,15 @@ class Tape:
         """Begin with a module."""
         frame = Frame(
             path, module, next(iter(reversed(self.graph.nodes)), None), len(self.journal), len(self.conditions),
-            len(self.remarks), len(self.journal), [(item, list(item)) for item in containers(args)],
+            len(self.remarks), len(self.journal), len(self._decisions()),
+            [(item, list(item)) for item in containers(args)],
         )  # fmt: skip
         self.frames.append(frame)
         return frame
+
+    def _decisions(self) -> list[Any]:
+        """What was decided by sizes so far, where that is what is looked for."""
+        return self.session.collecting[-1] if self.session.collecting else []
 
     def roll_back(self, frame: Frame) -> None:
         """Take back all that was recorded since a module was begun with.
@@ -403,10 +409,11 @@ class Tape:
             else:
                 self.known[key] = previous
         del self.journal[frame.journal :], self.conditions[frame.conditions :], self.remarks[frame.remarks :]
+        del self._decisions()[frame.decisions :]
         while self.ordered and self.ordered[-1]._erased:
             self.ordered.pop()
         self.settled = min(self.settled, len(self.ordered))
-        self.session.state.restore(frame.module.modules())
+        self.session.restore(frame.module)
         if frame.oldest_write <= frame.serial:
             raise RestartError(frame.path)
         for container, items in frame.arguments:

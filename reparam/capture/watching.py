@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,23 @@ class Pieces(tuple[Any, ...]):
         return super().__getitem__(index)
 
 
+class Seen:
+    """What a module is called by while it is recorded; a copy of the module that Python makes is called as ever."""
+
+    def __init__(self, module: Any, called: Callable[..., Any]) -> None:
+        self.module, self.called = module, called
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the recorder makes of the call."""
+        caller = sys._getframe(1).f_locals.get("self", self.module)
+        return (
+            self.called(self.module, *args, **kwargs) if caller is self.module else caller._call_impl(*args, **kwargs)
+        )
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class Watched(dict[str, Any]):
     """The children or the tensors of a module, and who is to be told when one is taken out by name.
 
@@ -66,6 +85,9 @@ class Watched(dict[str, Any]):
 
     def __copy__(self) -> dict[str, Any]:
         return dict(self)
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
 
 
 class Net(TorchDispatchMode):

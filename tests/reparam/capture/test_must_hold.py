@@ -5,6 +5,7 @@ PYTEST_DONT_REWRITE: an assert in a model has to be the model's own, not the cod
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -19,6 +20,7 @@ import warnings
 import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,6 +369,31 @@ def test_only_the_module_that_decides_stays_python() -> None:
     assert compiled.report.after.norms == 0
     assert [remark.where for remark in compiled.report.remarks if remark.rule == "Record"] == ["1"]
     assert_same_everywhere(module, compiled)
+
+
+def test_a_number_that_is_checked_once_it_was_made_use_of_is_no_demand() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        number = operator.index(x.shape[3])
+        if number < 0:
+            raise ValueError
+        return self.block(x) * number
+
+    module = net(forward)
+    assert_same_everywhere(module, reparam.compile(module, X))
+
+
+def test_what_a_module_that_stays_decides_is_no_way_of_the_one_around_it() -> None:
+    inner = model(lambda s, x: s.block(x) * (2 if x.shape[2] > 8 and x.sum() > 1e9 else 3), block=ConvNorm(3, 3))
+    module = net(lambda s, x: s.block(s.inner(x)).reshape(len(x), -1), inner=inner)
+    assert_same_everywhere(module, reparam.compile(module, X))
+
+
+def test_indices_that_are_computed_are_integers() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        i = torch.arange(x.shape[2])
+        return self.block(x)[:, :, (i + 1) * 2 - i - 2]
+
+    compiled_whole(net(forward))
 
 
 class SamePadding(nn.Module):
@@ -808,6 +835,68 @@ def test_what_counts_calls_goes_on_counting(count: Callable[..., Any]) -> None:
         assert_same(twin, compiled, X)
 
 
+class Sized(nn.Module):
+    """Makes images of the size that the Python around it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.size = ConvNorm(), (8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.block(x), size=self.size)
+
+
+def test_a_part_may_be_told_a_size() -> None:
+    compiled_whole(model(lambda s, x: (setattr(s.part, "size", x.shape[2:]), s.part(x))[1], part=Sized()))
+
+
+@pytest.mark.parametrize("name", ["pool", "norm", "block"])
+def test_a_layer_that_the_model_sets_before_it_calls_it_is_called_by_the_model(name: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.pool.kernel_size, self.norm.eps, self.block.conv._parameters["weight"] = x.shape[2:], 0.5, self.weight
+        return x * {"pool": self.pool, "norm": self.norm, "block": self.block}[name](x)
+
+    module = net(forward, pool=nn.AvgPool2d(8), norm=nn.BatchNorm2d(3))
+    module.block = ConvNorm(3, 3).double().eval()
+    module.weight = module.block.conv.weight.detach() * 2
+    assert_same_everywhere(module, reparam.compile(module, X))
+
+
+@pytest.mark.parametrize("holder", [argparse.Namespace, SimpleNamespace, nn.Module, lambda: [[0]], lambda: None])
+def test_a_number_that_is_kept_anywhere_is_kept(holder: Any) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.held is None:
+            self.held = SimpleNamespace()
+        if isinstance(self.held, list):
+            self.held[0][0] += 1
+            return self.block(x) * self.held[0][0]
+        self.held.last = getattr(self.held, "last", 0) + 1
+        return self.block(x) * self.held.last
+
+    module = net(forward, held=holder())
+    compiled = reparam.compile(module, X)
+    for _ in range(3):
+        assert_same(module, compiled, X)
+
+
+def test_modules_that_share_a_dict_share_it_when_compiled() -> None:
+    held: dict[str, Any] = {}
+    part = model(lambda s, x: s.block(x) + s.held["x"].mean(), block=ConvNorm(), held=held)
+    module = model(lambda s, x: (s.held.update(x=x), s.part(x))[1], part=part, held=held)
+    for options in ({}, {"keep_python": True}):
+        assert_same_everywhere(module, reparam.compile(module, X, **options))
+
+
+def test_a_layer_that_is_copied_is_the_copy() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        deep, shallow = copy.deepcopy(self.block), copy.copy(self.norm)
+        deep.norm.eps, shallow.eps = 0.5, 1.0
+        return self.block(x) + deep(x) + shallow(self.block(x))
+
+    module = net(forward, norm=nn.BatchNorm2d(4))
+    assert_same_everywhere(module, reparam.compile(module, X))
+
+
 def test_a_value_that_another_module_reads_is_the_one_of_this_call() -> None:
     stores = Net(lambda s, x: (setattr(s, "last", x.mean()), x * 2)[1], last=None)
     module = net(lambda s, x: s.block(x) + s.stores(x).sum() + s.stores.last, stores=stores)
@@ -1074,6 +1163,14 @@ def test_hooks_run_at_every_call_and_not_while_compiling() -> None:
     assert_same_everywhere(module, compiled)
     assert calls == ["inner", "root"] * 2 * len(SIZES)
     assert compiled.report.after.norms == 1  # of the module that carries hooks
+
+
+def test_a_copy_of_what_was_compiled_has_the_hooks() -> None:
+    module = net(lambda s, x: s.block(x))
+    module.register_forward_hook(lambda module, args, output: output * 2)
+    compiled = reparam.compile(module, X)
+    for twin in (compiled, copy.copy(compiled), copy.deepcopy(compiled)):
+        assert_same(module, twin, X)
 
 
 def test_scripted_modules_stay_as_they_are() -> None:
