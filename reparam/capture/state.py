@@ -39,6 +39,10 @@ class State:
             }
             for module, attributes in self.attributes.items()
         }
+        self.hooks = {
+            module: {name: attributes[name].copy() for name in _HOOK_DICTS if attributes.get(name)}
+            for module, attributes in self.attributes.items()
+        }
         seen: set[int] = set()
         self.inner = {
             module: [
@@ -103,7 +107,9 @@ class State:
         for module in modules:
             attributes = self.attributes[module]
             held = [(attributes[name], contents) for name, contents in self.contents[module].items()]
-            for value, contents in held + [(value, old) for _, value, old in self.inner[module]]:
+            held += [(value, old) for _, value, old in self.inner[module]]
+            held += [(attributes.get(name), self.hooks[module].get(name, {})) for name in _HOOK_DICTS]
+            for value, contents in held:
                 if not same_items(value, contents):
                     value.clear()
                     (value.extend if isinstance(value, (list, deque)) else value.update)(contents)
@@ -204,7 +210,7 @@ def move_hooks(attributes: Mapping[str, Any], model: nn.Module) -> None:
     model.__dict__.update({name: attributes[name] for name in ROOT_HOOKS})
 
 
-# Where torch keeps hooks, which no forward touches.
+# Where torch keeps hooks: a forward that sets some makes no other function of its module.
 _HOOK_DICTS = OWN_DICTS - {"_parameters", "_buffers", "_modules"}
 
 

@@ -1165,6 +1165,28 @@ def test_hooks_run_at_every_call_and_not_while_compiling() -> None:
     assert compiled.report.after.norms == 1  # of the module that carries hooks
 
 
+def test_hooks_that_a_forward_sets_are_set_once() -> None:
+    """Recording starts again where something turns out to be opaque, from the model as it was."""
+
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.found, self.ready = nn.Sequential(ConvNorm(), ConvNorm(4)), [], False
+            self.last = net(lambda s, x: s.seen.copy_(x.mean()))
+            self.last.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.ready:
+                for layer in self.layers:
+                    layer.register_forward_hook(lambda module, args, output: self.found.append(output))
+                self.ready = True
+            self.found.clear()
+            self.last(self.layers(x))
+            return torch.cat(self.found, 1)
+
+    assert reparam.compile(Collects().double().eval(), X)(X).shape[1] == 8
+
+
 def test_a_copy_of_what_was_compiled_has_the_hooks() -> None:
     module = net(lambda s, x: s.block(x))
     module.register_forward_hook(lambda module, args, output: output * 2)
