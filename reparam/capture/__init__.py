@@ -4,6 +4,7 @@ from reparam.capture.copies import in_eval_mode as in_eval_mode
 from reparam.capture.copies import own_tensors as own_tensors
 from reparam.capture.copies import private_copy as private_copy
 from reparam.capture.copies import tensor_storages as tensor_storages
+from reparam.capture.copies import tensors_in as tensors_in
 from reparam.capture.copies import unwrapped as unwrapped
 from reparam.capture.program import Capture as Capture
 from reparam.capture.program import capture as capture
