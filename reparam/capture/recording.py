@@ -191,11 +191,16 @@ class Session(TorchFunctionMode):
         reasons = {module: f"it changes its own {name} at every call" for module, name in others.items()}
         if recorded.graph is not None and not is_same(output, recorded.output):
             reasons |= dict.fromkeys(changed, "it computes something else when it is called again")
-        stay = {self.root} if recorded.graph is None else set()
-        if reasons := {
-            m: reason for m, reason in reasons.items() if m not in self.kept | stay and m not in self.opaque
-        }:
-            self.opaque |= reasons
+        above = {child: module for module in self.modules for child in module.children()}
+        stays = {}
+        for module, reason in reasons.items():
+            # Where that did not help, it is for the one around it: nobody calls what only holds something.
+            while module in self.opaque and module is not self.root:
+                module = above[module]
+            if module not in self.kept and (module is not self.root or recorded.graph is not None):
+                stays[module] = reason
+        if stays:
+            self.opaque |= stays
             raise RestartError
 
     def _run_as_python(self, entries: Sequence[tuple[str, Call]], reason: str) -> Recorded:

@@ -170,7 +170,7 @@ def test_any_border_around_any_layer(data: st.DataObject, dimensions: int) -> No
     after = data.draw(st.sampled_from([nn.Identity(), nn.ReLU(), conv(values.shape[1], 2, 3)])).double()
     number = data.draw(st.sampled_from([0.0, 1.5]))
     net = Net(bordered, layer=layer, after=after, amounts=amounts, indices=indices, values=values, number=number).eval()
-    x = normal(2, layer.in_channels if hasattr(layer, "in_channels") else 4, *range(7, 7 + dimensions))
+    x = normal(2, layer.in_channels if hasattr(layer, "in_channels") else 4, *range(12, 12 + dimensions))
     compiled: Any = reparam.compile(net, x)
     assert_same(net, compiled, x)
     fits = change == "none" and not isinstance(after, nn.Conv2d)
