@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,7 @@ from reparam.compiled import CompiledModel as CompiledModel
 from reparam.compiled import install, keep_attributes
 from reparam.cost import Cost
 from reparam.decisions import Decisions
-from reparam.depthwise import ByTap
-from reparam.errors import ReparamError, VerificationError
+from reparam.errors import ConditionError, ReparamError, VerificationError
 from reparam.leaves import is_opaque
 from reparam.report import Comparison, Remark, Report
 from reparam.rewrite import Graph, Rule
@@ -495,6 +495,7 @@ class _Reference:
         self.verify = verify and captured.call is not None
         self.in_double: Callable[[], nn.Module] | None = None
         self.expected = captured.output
+        self.calls: list[tuple[Call, Any]] = [] if self.call is None else [(self.call, self.expected)]
         self.multiply_adds: int | None = None
         # A recorded graph of torch.nn layers writes to nothing: recording would have failed.
         self.writes = not captured.traced or any(is_opaque(node, captured.modules) for node in captured.graph.nodes)
@@ -506,13 +507,10 @@ class _Reference:
         # The copy that was recorded: others may be using the model meanwhile.
         model = captured.root
         if self.verify:
-            with capturing.unchanged(model, writes=self.writes), below(ByTap()):
-                again = run(self._called(model), *self.call)
-            try:
-                compare(self.expected, again)
-            except VerificationError:
-                self.remarks.append(Remark("capture", "Verify", "", "its outputs differ from run to run; not compared"))
-                self.verify = False
+            # Other numbers: what a graph took for a constant of the model's, and came from an input, is not the same.
+            call = _mirrored(self.call)
+            with contextlib.suppress(Exception):  # it may not take these, which the user has not asked for
+                self.calls.append((call, self._run(model, call)))
         if given:
             with capturing.unchanged(model, writes=self.writes):
                 self.multiply_adds = measure.multiply_adds_of(_Frozen(self._called(model)), *self.call)
@@ -525,13 +523,19 @@ class _Reference:
         """Compare the result with the model; raises VerificationError when they disagree."""
         if self.call is None or not self.verify:
             return None
-        with capturing.unchanged(compiled, writes=self.writes):
-            actual = run(self._called(compiled), *self.call)
         try:
-            return compare(self.expected, actual)
+            comparisons = [compare(self.expected, self._run(compiled, self.call))]
+            with contextlib.suppress(ConditionError):  # which other numbers may not meet
+                comparisons += [compare(expected, self._run(compiled, call)) for call, expected in self.calls[1:]]
+            return max(comparisons, key=lambda comparison: comparison.largest_error)
         except VerificationError as error:
+            if self._differs_from_run_to_run():
+                self.remarks.append(Remark("capture", "Verify", "", "its outputs differ from run to run; not compared"))
+                return None
             comparison = (
-                self._compare_twins(compiled) or self._compare_in_double(compiled) or self._compare_beside_terms(actual)
+                self._compare_twins(compiled)
+                or self._compare_in_double(compiled)
+                or self._compare_beside_terms(compiled)
             )
             if comparison is None:
                 raise
@@ -539,16 +543,33 @@ class _Reference:
             self.remarks.append(Remark("capture", "Verify", "", f"{says} ({error})"))
             return comparison
 
-    def _compare_beside_terms(self, actual: Any) -> Comparison | None:
-        """The comparison where terms may cancel, so that little but rounding is left; None when there is an error."""
-        assert self.call is not None
-        model, largest = capturing.in_eval_mode(self.model), LargestMagnitude()
-        with capturing.unchanged(model, writes=self.writes), below(largest):
-            run(self._called(model), *self.call)
+    def _run(self, model: nn.Module, call: Call) -> Any:
+        """What a model returns, which is left as it was."""
+        with capturing.unchanged(model, writes=self.writes):
+            return run(self._called(model), *call)
+
+    def _differs_from_run_to_run(self) -> bool:
+        """Whether the model does not agree with itself."""
+        model = capturing.private_copy(self.model)
         try:
-            return compare(self.expected, actual, scale=largest.value)
+            for call, expected in self.calls:
+                compare(expected, self._run(model, call))
         except VerificationError:
-            return None
+            return True
+        return False
+
+    def _compare_beside_terms(self, compiled: nn.Module) -> Comparison | None:
+        """The comparison where terms may cancel, so that little but rounding is left; None when there is an error."""
+        model, comparison = capturing.in_eval_mode(self.model), None
+        for call, expected in self.calls:
+            largest = LargestMagnitude()
+            with below(largest):
+                self._run(model, call)
+            try:
+                comparison = compare(expected, self._run(compiled, call), scale=largest.value)
+            except VerificationError:
+                return None
+        return comparison
 
     def _compare_twins(self, compiled: nn.Module) -> Comparison | None:
         """The comparison in float64 throughout, None where there is none that agrees.
@@ -556,17 +577,11 @@ class _Reference:
         Where a model selects by its values, rounding the weights may be enough for another selection. So the model is
         compiled again, in float64. What comes out must agree with it, and be the result but for rounding.
         """
-        assert self.call is not None
         if self.in_double is None:
             return None
         try:
             twin = self.in_double()
-            if not _is_rounded(compiled, twin):
-                return None
-            call = _double(self.call)
-            return compare(
-                run(self._called(capturing.private_copy(self.model).double()), *call), run(self._called(twin), *call)
-            )
+            return self._compare_exactly(twin) if _is_rounded(compiled, twin) else None
         except (ReparamError, RuntimeError, TypeError, ValueError):
             return None
 
@@ -577,28 +592,32 @@ class _Reference:
         is of float64 itself, it must be about as far from it as the model is from itself, rounded otherwise: what
         picks the largest of numbers that are equal on paper picks others then.
         """
-        assert self.call is not None
-        args, kwargs = _double(self.call)
+        tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
         try:
-            exact = run(self._called(capturing.private_copy(self.model).double()), args, kwargs)
-            result = run(self._called(capturing.private_copy(compiled).double()), args, kwargs)
-            tolerance = max(TOLERANCES.get(tensor.dtype, 0.0) for tensor in _tensors_of(self.expected))
             if tolerance == TOLERANCES[torch.float64]:
-                tolerance = max(tolerance, min(_ROUNDINGS * self._amplified(exact), 1.0))
-            return compare(exact, result, tolerance)
+                tolerance = max(tolerance, min(_ROUNDINGS * self._amplified(), 1.0))
+            return self._compare_exactly(capturing.private_copy(compiled).double(), tolerance)
         except (ReparamError, RuntimeError, TypeError, ValueError):
             return None
 
-    def _amplified(self, exact: Any) -> float:
-        """How far the model is from itself in float64, when its numbers and its inputs are changed by an ulp or two."""
+    def _compare_exactly(self, compiled: nn.Module, tolerance: float | None = None) -> Comparison:
+        """The comparison of the model and what was compiled, with everything in float64."""
+        model = capturing.private_copy(self.model).double()
+        calls = [_double(call) for call, _ in self.calls]
+        comparisons = [compare(self._run(model, call), self._run(compiled, call), tolerance) for call in calls]
+        return max(comparisons, key=lambda comparison: comparison.largest_error)
+
+    def _amplified(self) -> float:
+        """How far a model of float64 is from itself when its numbers and its inputs are changed by an ulp or two."""
         largest = 0.0
         for units in (1, -1, 2):
             nudge = partial(_nudged, units * torch.finfo(torch.float64).eps)
             model = capturing.private_copy(self.model)
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = nudge(tensor.data)
-            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, nudge, self.call)
-            largest = max(largest, compare(exact, run(self._called(model), args, kwargs), math.inf).largest_error)
+            for call, expected in self.calls:
+                nudged = torch.utils._pytree.tree_map_only(Tensor, nudge, call)
+                largest = max(largest, compare(expected, self._run(model, nudged), math.inf).largest_error)
         return largest
 
     def multiply_adds_of(self, compiled: nn.Module) -> int | None:
@@ -611,6 +630,16 @@ class _Reference:
 
 # How much farther than its own rounding a result may be from a model.
 _ROUNDINGS = 4.0
+
+
+def _mirrored(call: Call) -> Call:
+    """A call with other numbers, of which each is as good as before: tensors are reversed along their last axes."""
+    made: dict[int, Tensor] = {}  # what is given twice is given twice
+
+    def mirrored(tensor: Tensor) -> Tensor:
+        return made.setdefault(id(tensor), tensor.flip(-1) if tensor.dim() else tensor)
+
+    return torch.utils._pytree.tree_map_only(Tensor, mirrored, call)  # type: ignore[no-any-return]
 
 
 def _double(value: Any) -> Any:

@@ -194,10 +194,12 @@ class Session(TorchFunctionMode):
         above = {child: module for module in self.modules for child in module.children()}
         stays = {}
         for module, reason in reasons.items():
+            if module in self.kept:
+                continue
             # Where that did not help, it is for the one around it: nobody calls what only holds something.
             while module in self.opaque and module is not self.root:
                 module = above[module]
-            if module not in self.kept and (module is not self.root or recorded.graph is not None):
+            if module is not self.root or recorded.graph is not None:
                 stays[module] = reason
         if stays:
             self.opaque |= stays

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -504,6 +505,23 @@ class Selects(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         best = self.score(x).flatten().topk(20000).indices
         return x[:, 0].sign().flatten()[best]
+
+
+def test_what_another_thread_computes_is_no_constant():
+    """Nobody sees it being made: the graph has other numbers than the model where the inputs have others."""
+
+    class Threads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            with ThreadPoolExecutor(2) as pool:
+                return self.norm(self.conv(sum(pool.map(lambda k: x * k, [1, 2]))))
+
+    for example in (None, torch.randn(2, 3, 8, 8)):
+        with pytest.raises(VerificationError):
+            reparam.compile(Threads().eval(), example)
 
 
 @pytest.mark.parametrize("keep_python", [False, True])
