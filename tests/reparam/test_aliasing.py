@@ -267,9 +267,11 @@ def test_memory_that_is_read_under_another_name_is_not_overwritten() -> None:
 def test_what_a_hook_sees_is_not_overwritten() -> None:
     for hooked in ("conv", "activation"):
         model, seen = Activated(lambda net, x: net.activation(net.conv(x)), nn.SiLU()).double(), []
-        model.get_submodule(hooked).register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        model.get_submodule(hooked).register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append((output, output.clone()))
+        )
         assert not written(model, torch.randn(2, 3, 4, 5, dtype=torch.float64))
-        assert all(torch.equal(values, seen[0]) for values in seen)
+        assert all(torch.equal(values, then) for values, then in seen)
 
 
 def test_an_activation_in_place_is_saved_and_loaded(tmp_path: Path) -> None:
