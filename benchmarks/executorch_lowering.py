@@ -26,8 +26,8 @@ from common import console, parser, relative_error, training_model, write_json
 from reparam.bench import Settings
 from reparam.bench.race import Loader, sample, timer_for
 from reparam.bench.runtimes import ExecuTorchRuntime, outputs
-from reparam.export.executorch import ExecuTorch
-from reparam.export.target import Options, quiet
+from reparam.targets.executorch import ExecuTorch
+from reparam.targets.target import Options, quiet
 from reparam.timing import summarise
 
 MODELS = "repvit_m0_9 repghostnet_100 fastvit_sa12 levit_256 mobilevit_xxs vit_tiny_patch16_224".split()

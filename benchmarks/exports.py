@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import reparam
 from common import console, parser, randomise, write_json
-from reparam.export import TARGETS
 from reparam.models import registry
+from reparam.targets import TARGETS
 
 MODELS = ["repvit_m0_6", "repvit_m0_9", "repvit_m1_0", "repvit_m1_1", "repvit_m1_5", "repvit_m2_3"]
 BAR = 1e-4

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import reparam
 from common import cell, console, parser, training_model, write_json
-from reparam.export.target import quiet
 from reparam.onnx import fuse_onnx
+from reparam.targets.target import quiet
 
 MODELS = ["repvit_m0_9", "repvgg_a0", "mobileone_s0"]
 CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose")

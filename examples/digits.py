@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 import reparam
 from drawing import Fact, Latency, draw
-from reparam import storage
+from reparam.files import deploy
 from reparam.models import registry
 
 MODEL = "repvit_digits"
@@ -219,7 +219,7 @@ def main() -> None:
     fuse(checkpoint, fused_onnx)
     export(trained, digits.test_images[:2], trained_onnx)
 
-    compiled = storage.load(fused)
+    compiled = deploy.load(fused)
     runners: dict[str, Runner] = {
         "PyTorch, trained": trained,
         "PyTorch, compiled": compiled,

@@ -17,7 +17,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.path import Path
 from torch import fx
 
-from reparam.drawing import Diagram, Layout, arrange, diagram_of
+from reparam.page.drawing import Diagram, Layout, arrange, diagram_of
 
 INK, FAINT, LINE = "#1f2933", "#7b8794", "#9aa5b1"
 COLOURS = {"convolution": "#2f6fb0", "norm": "#d9822b", "sign": "#52606d", "other": "#52606d", "value": "#e4e7eb"}

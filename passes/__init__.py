@@ -13,7 +13,7 @@ from reparam.passes.padding import CropAfterConv, PadBeforeConv
 from reparam.passes.parallel import ParallelBranches
 from reparam.passes.sequence import ConvAfterConv
 from reparam.passes.siblings import SiblingConvolutions
-from reparam.rewrite import Rule
+from reparam.rewrite.rule import Rule
 
 __all__ = [
     "AffineAfterAffine",

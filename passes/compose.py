@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from reparam.algebra import Operator, compose
-from reparam.emit import kernels_of
+from reparam.algebra.kernels import kernels_of
+from reparam.algebra.operators import Operator, compose
 from reparam.errors import AlgebraError
-from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
+from reparam.graph.graph import Graph, describe
+from reparam.rewrite.rule import Apply, Missed, Rewrite, Rule
 
 
 class Compose(Rule):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam import views
-from reparam.algebra import Conv, concatenate
-from reparam.cost import Choice
+from reparam.algebra.cost import Choice
+from reparam.algebra.operators import Conv, concatenate
 from reparam.errors import AlgebraError
-from reparam.rewrite import Apply, Graph, Missed, Rewrite, Rule, describe
+from reparam.graph import views
+from reparam.graph.graph import Graph, describe
+from reparam.rewrite.rule import Apply, Missed, Rewrite, Rule
 
 
 class ConcatenatedBranches(Rule):

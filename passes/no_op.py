@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam import facts, views
-from reparam.algebra import ChannelAffine, Pad
-from reparam.rewrite import Graph, Rewrite, Rule
+from reparam.algebra.operators import ChannelAffine, Pad
+from reparam.graph import facts, views
+from reparam.graph.graph import Graph
+from reparam.rewrite.rule import Rewrite, Rule
 
 
 class RemoveNoOp(Rule):

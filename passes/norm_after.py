@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, ChannelAffine
+from reparam.algebra.operators import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
-from reparam.passage import absorb_backward
+from reparam.graph.graph import Graph, describe
 from reparam.passes.compose import Compose
-from reparam.rewrite import Graph, Missed, Rewrite, Rule, describe
+from reparam.rewrite.passage import absorb_backward
+from reparam.rewrite.rule import Missed, Rewrite, Rule
 
 
 class NormAfterLinear(Compose):

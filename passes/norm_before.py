@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, ChannelAffine
+from reparam.algebra.operators import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
-from reparam.passage import absorb_forward
-from reparam.rewrite import Graph, Missed, Rewrite, Rule, describe
+from reparam.graph.graph import Graph, describe
+from reparam.rewrite.passage import absorb_forward
+from reparam.rewrite.rule import Missed, Rewrite, Rule
 
 
 class NormBeforeLinear(Rule):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra import AveragePool, Conv, Operator, Pad, compose
-from reparam.emit import kernels_of
+from reparam.algebra.kernels import kernels_of
+from reparam.algebra.operators import AveragePool, Conv, Operator, Pad, compose
+from reparam.graph.graph import Graph
 from reparam.passes.compose import Compose
-from reparam.rewrite import Graph
 
 
 class PadBeforeConv(Compose):

@@ -8,11 +8,12 @@ from functools import reduce
 
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
-from reparam.cost import Choice
+from reparam.algebra.cost import Choice
+from reparam.algebra.operators import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.errors import AlgebraError
-from reparam.lift import Sum
-from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule, describe
+from reparam.graph.graph import Graph, describe
+from reparam.graph.lift import Sum
+from reparam.rewrite.rule import Add, Apply, Missed, Rewrite, Rule
 
 # Operators in a row that a term is looked through; what is longer is no branch any more.
 _DEEPEST = 6

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, AveragePool, Operator, compose
-from reparam.cost import Choice
+from reparam.algebra.cost import Choice
+from reparam.algebra.operators import AnyConv, AveragePool, Operator, compose
+from reparam.graph.graph import Graph
 from reparam.passes.compose import Compose
-from reparam.rewrite import Graph
 
 
 class ConvAfterConv(Compose):

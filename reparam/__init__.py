@@ -3,16 +3,18 @@
 ``deploy = reparam.compile(model)``, and ``print(deploy.report)`` for what was done to it.
 """
 
-from reparam import algebra, errors, lift, passes
+from reparam import errors, passes
+from reparam.compare import verify
 from reparam.compiler import compile, explain
-from reparam.decisions import Decisions
 from reparam.errors import ConditionError, ReparamError, VerificationError
-from reparam.expand import expand
-from reparam.export import Exported, ImageInput, export
+from reparam.expansion import expand
+from reparam.files.deploy import load, save
+from reparam.graph import lift
+from reparam.graph.graph import Graph
 from reparam.report import Comparison, Counts, Remark, Report
-from reparam.rewrite import Add, Apply, Graph, Missed, Rewrite, Rule
-from reparam.storage import load, save
-from reparam.verify import verify
+from reparam.rewrite.rule import Add, Apply, Missed, Rewrite, Rule
+from reparam.targets import Exported, ImageInput, export
+from reparam.tuning.decisions import Decisions
 
 __version__ = "0.1.0"
 

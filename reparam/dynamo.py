@@ -15,10 +15,10 @@ import torch.fx
 from torch import Tensor, nn
 
 from reparam import capture as capturing
-from reparam import facts
 from reparam.capture.folding import fold
 from reparam.compiler import compile_captured
 from reparam.errors import ReparamError
+from reparam.graph import facts
 
 
 def backend(

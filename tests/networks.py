@@ -20,10 +20,12 @@ from strategies import divisors
 from torch import Tensor, nn
 
 import reparam
-from reparam import aliasing, capture, passes, rewrite, views
-from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator
+from reparam import capture, passes
+from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, Operator
+from reparam.compare import as_call
 from reparam.errors import ConditionError
-from reparam.verify import as_call
+from reparam.graph import aliasing, views
+from reparam.rewrite import driver
 from support import randomise
 
 TOLERANCE = 1e-9
@@ -72,7 +74,7 @@ def rewritten(
     """The graph as text before and after rewriting with ``rules``, every rewrite certified."""
     graph = graph_of(module, example_inputs)
     before = str(graph)
-    rewrite.rewrite(graph, passes.default() if rules is None else rules)
+    driver.rewrite(graph, passes.default() if rules is None else rules)
     return before, str(graph)
 
 

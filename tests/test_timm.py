@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import reparam
-from reparam.verify import compare
+from reparam.compare import compare
 from support import count_calls, randomise
 
 timm = pytest.importorskip("timm")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reparam.atomic import atomic_write
 from reparam.bench.race import Benchmark
 from reparam.errors import ReparamError
-from reparam.storage import atomic_write
 
 _FORMATS = (".png", ".svg", ".pdf")
 _INK, _FAINT = "#22272e", "#8b949e"

@@ -20,13 +20,14 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from reparam import measure, timing
+from reparam import timing
 from reparam.bench.memory import peak_memory
 from reparam.bench.peak import products, rate
 from reparam.bench.runtimes import Call, Inputs, Runtime, Source, choose, outputs
+from reparam.compare import TOLERANCES, compare
 from reparam.errors import ReparamError, VerificationError, reason
+from reparam.graph import measure
 from reparam.timing import Timing
-from reparam.verify import TOLERANCES, compare
 
 Progress: TypeAlias = Callable[["int | None", "int | None", str], None]
 Loader: TypeAlias = Callable[[], Call]

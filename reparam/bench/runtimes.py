@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from reparam.errors import ExportError, ReparamError
-from reparam.export.executorch import ExecuTorch, mute
-from reparam.export.onnx import Onnx
-from reparam.export.openvino import OpenVINO
-from reparam.export.target import Options, Target, quiet
+from reparam.targets.executorch import ExecuTorch, mute
+from reparam.targets.onnx import Onnx
+from reparam.targets.openvino import OpenVINO
+from reparam.targets.target import Options, Target, quiet
 
 Inputs: TypeAlias = "tuple[Tensor, ...]"
 Call: TypeAlias = Callable[[], Any]

@@ -138,7 +138,7 @@ def _resized(change: Callable[[int], int], x: Tensor) -> Tensor:
 
 def is_same(a: Any, b: Any) -> bool:
     """Whether two outputs are the same numbers: what is computed anew is, to the last bit."""
-    from reparam.verify import compare
+    from reparam.compare import compare
 
     try:
         compare(a, b, 1e-12)

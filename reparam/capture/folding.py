@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from reparam import aliasing, facts
-from reparam.capture.modes import below
 from reparam.capture.state import NoSideEffects, UnrecordableError
+from reparam.graph import aliasing, facts
+from reparam.modes import below
 
 
 def fold(graph: Graph, root: nn.Module, modules: Mapping[str, nn.Module], storages: frozenset[int]) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from reparam.capture.copies import tensor_storages, tensors_in
-from reparam.capture.modes import below
 from reparam.capture.state import NoSideEffects, State, UnrecordableError, same_items
-from reparam.leaves import HOOKS, carries_hooks, is_leaf
+from reparam.graph.leaves import HOOKS, carries_hooks, is_leaf
+from reparam.modes import below
 
 _PRE_HOOKS = "_forward_pre_hooks"
 

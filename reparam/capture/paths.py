@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from reparam.capture.sizes import Number
-from reparam.conditions import select
+from reparam.graph.conditions import select
 
 # Sides of the images that a module is tried on: multiples of small numbers and their neighbours.
 _SIDES = (12, 13, 14, 15, 16, 17, 21, 28, 32)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
-from reparam import facts
 from reparam.capture import parameters
 from reparam.capture.caches import forgotten, is_same
 from reparam.capture.copies import private_copy, tensor_storages
@@ -18,9 +17,10 @@ from reparam.capture.examples import guesses, inputs_of
 from reparam.capture.recording import Session
 from reparam.capture.state import UnrecordableError
 from reparam.capture.tape import Call, Recorded
-from reparam.conditions import Argument
 from reparam.errors import ReparamError
-from reparam.leaves import carries_hooks, is_leaf
+from reparam.graph import facts
+from reparam.graph.conditions import Argument
+from reparam.graph.leaves import carries_hooks, is_leaf
 from reparam.report import Remark
 
 

@@ -27,12 +27,10 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
-from reparam import aliasing, facts
 from reparam.capture import aten
 from reparam.capture.caches import is_same
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.demands import is_demanded, is_guarded
-from reparam.capture.modes import below
 from reparam.capture.paths import DifferError, Path, Tree, merged, other_calls
 from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_always, pinned, symbolic, words
 from reparam.capture.state import State, UnrecordableError, Writes, same_items
@@ -40,12 +38,14 @@ from reparam.capture.structures import leaves, mapped
 from reparam.capture.tape import Call, Frame, Recorded, RestartError, Tape, tidy
 from reparam.capture.watching import Net, Pieces, Seen, Watched
 from reparam.capture.words import said
-from reparam.conditions import Argument, kind_of
+from reparam.compare import clones
 from reparam.errors import first_line
-from reparam.leaves import carries_hooks, is_leaf
-from reparam.outputs import Rebuild, is_plain
+from reparam.graph import aliasing, facts
+from reparam.graph.conditions import Argument, kind_of
+from reparam.graph.leaves import carries_hooks, is_leaf
+from reparam.graph.outputs import Rebuild, is_plain
+from reparam.modes import below
 from reparam.report import Remark
-from reparam.verify import clones
 
 # Attributes of a tensor that are tensors, and methods that say nothing of its values.
 _VIEWS = frozenset("T mT H mH real imag data".split())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.capture.copies import ATOMS, OWN_DICTS, ROOT_HOOKS, is_copied_plainly, storage_of, tensor_storages
-from reparam.capture.modes import below
+from reparam.modes import below
 
 # Whether a value holds something of a call (True), something that sizes and constants alone give (False), or neither.
 Remembers = Callable[[Any], "bool | None"]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils.weak import TensorWeakRef
 
-from reparam import facts, views
 from reparam.capture import aten
 from reparam.capture.copies import storage_of, tensors_in
 from reparam.capture.sizes import SYMBOLIC, Number, pinned, symbolic
 from reparam.capture.structures import containers
-from reparam.conditions import Argument, assertion
-from reparam.leaves import carries_hooks
+from reparam.graph import facts, views
+from reparam.graph.conditions import Argument, assertion
+from reparam.graph.leaves import carries_hooks
 from reparam.report import Remark
 
 if TYPE_CHECKING:

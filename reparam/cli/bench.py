@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from reparam.bench import Benchmark, Row
-    from reparam.checkpoint import Network
+    from reparam.files.checkpoint import Network
 
 # Whose networks have a conversion of their own, by how they are named here.
 _PEERS = {"timm:": "timm.utils.model:reparameterize_model"}
@@ -72,8 +72,8 @@ def bench(
     """
     how = Reading(network, parse_shape(input_size), unsafe_load, ema)
     with Bar() as bar:
+        from reparam.atomic import check_destination
         from reparam.bench import Settings, graphs_of, race
-        from reparam.storage import check_destination
 
         names = None if runtimes is None else [name.strip() for name in runtimes.split(",")]
         settings = Settings(names, threads, rounds, min_time, not no_memory, device, half, clock)
@@ -102,7 +102,7 @@ def _subject(model: str, how: Reading) -> Network:
     """What the argument names: a file if there is one of that name, else a network with random weights."""
     from dataclasses import replace
 
-    from reparam.checkpoint import build
+    from reparam.files.checkpoint import build
 
     path = Path(model)
     if path.is_file() or how.model is not None:
@@ -125,7 +125,7 @@ def _module(network: Network) -> nn.Module:
 
 
 def _peer(spec: str | None, network: Network) -> Callable[[nn.Module], nn.Module] | None:
-    from reparam.checkpoint import first_line, import_attribute
+    from reparam.files.checkpoint import first_line, import_attribute
 
     spec = spec or next((peer for prefix, peer in _PEERS.items() if network.name.startswith(prefix)), None)
     if spec is None:

@@ -27,7 +27,7 @@ from reparam.errors import ReparamError
 if TYPE_CHECKING:
     from torch import nn
 
-    from reparam.export import Exported, ImageInput
+    from reparam.targets import Exported, ImageInput
 
 # The registry knows them too, but is slow to import.
 TARGET_SUFFIXES = (".onnx", ".xml", ".pte", ".mlpackage", ".pt2", ".aoti.pt2")
@@ -74,7 +74,7 @@ def export(
     image = _image(image_mean, image_std)
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
-        from reparam.export import export, target_of
+        from reparam.targets import export, target_of
 
         chosen = target_of(output, target)
         chosen.check_destination(output, never=(checkpoint,))
@@ -106,12 +106,12 @@ def ends_like_a_target(output: Path) -> bool:
 
 def check_output(output: Path, checkpoint: Path) -> None:
     """Refuse an output that cannot be written, or would replace the input, before any work is done."""
-    from reparam.storage import check_destination
+    from reparam.atomic import check_destination
 
     if not ends_like_a_target(output):
         check_destination(output, never=(checkpoint,))
         return
-    from reparam.export import target_of
+    from reparam.targets import target_of
 
     chosen = target_of(output)
     chosen.check_destination(output, never=(checkpoint,))
@@ -150,7 +150,7 @@ def _said(value: Any) -> str:
 
 def _deploy_model(path: Path, how: Reading, bar: Bar) -> tuple[nn.Module, Any, dict[str, Any]]:
     """The compiled model in a file, inputs to export it with, and what it is."""
-    from reparam import storage
+    from reparam.files import deploy
 
     metadata = deploy_metadata(path, how)
     if metadata is not None:
@@ -158,7 +158,7 @@ def _deploy_model(path: Path, how: Reading, bar: Bar) -> tuple[nn.Module, Any, d
         if shape is None:
             ask_for_shape(str(path), "export")
         name = metadata.get("model")
-        return storage.load(path), random_inputs(shape), {"input": str(path), "model": name, "input_shape": list(shape)}
+        return deploy.load(path), random_inputs(shape), {"input": str(path), "model": name, "input_shape": list(shape)}
     source = read(path, how)
     network = resolve(source, how)
     inputs = example_of(network, how)
@@ -170,7 +170,7 @@ def _image(mean: str | None, std: str | None) -> ImageInput | None:
         return None
     if mean is None or std is None:
         raise ReparamError("--image-mean and --image-std belong together")
-    from reparam.export import ImageInput
+    from reparam.targets import ImageInput
 
     return ImageInput(_numbers("--image-mean", mean), _numbers("--image-std", std))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from reparam.checkpoint import Checkpoint, Network
+    from reparam.files.checkpoint import Checkpoint, Network
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Reading:
 
 def read(path: Path, how: Reading) -> Checkpoint:
     """A checkpoint, whose values are numbers."""
-    from reparam import checkpoint
+    from reparam.files import checkpoint
 
     found = checkpoint.read(path, unsafe=how.unsafe, ema=how.ema)
     checkpoint.check_values(found)
@@ -38,7 +38,7 @@ def read(path: Path, how: Reading) -> Checkpoint:
 
 def resolve(source: Checkpoint, how: Reading) -> Network:
     """The network that a checkpoint holds the weights of."""
-    from reparam.checkpoint import resolve
+    from reparam.files.checkpoint import resolve
 
     network = resolve(source, how.model)
     return network if how.shape is None else replace(network, input_shape=how.shape)
@@ -47,7 +47,7 @@ def resolve(source: Checkpoint, how: Reading) -> Network:
 def deploy_metadata(path: Path, how: Reading) -> dict[str, Any] | None:
     """What is stored beside the model in a deploy file; None when the file is something else."""
     from reparam.errors import CheckpointError
-    from reparam.storage import read_metadata
+    from reparam.files.deploy import read_metadata
 
     try:
         return read_metadata(path)
@@ -78,22 +78,22 @@ def _open_or_error(path: Path, how: Reading) -> Any:
 
 
 def _open(path: Path, how: Reading) -> Network:
-    from reparam import storage
-    from reparam.checkpoint import Network
+    from reparam.files import deploy
+    from reparam.files.checkpoint import Network
 
     exported = _open_exported(path, how)
     if exported is not None:
         return Network(exported, path.name, getattr(exported, "input_shape", None))
     metadata = deploy_metadata(path, how)
     if metadata is not None:
-        return Network(storage.load(path), path.name, tuple(metadata.get("input_shape") or ()) or None)
+        return Network(deploy.load(path), path.name, tuple(metadata.get("input_shape") or ()) or None)
     return resolve(read(path, how), how)
 
 
 def _open_exported(path: Path, how: Reading) -> nn.Module | None:
     """A file that was written for a runtime, as a model; None for checkpoints and for what ``torch.export`` saved."""
     from reparam.errors import CheckpointError
-    from reparam.export import is_target, target_of
+    from reparam.targets import is_target, target_of
 
     if not is_target(path) or (path.suffix == ".pt2" and not _is_machine_code(path)):
         return None
@@ -148,7 +148,7 @@ def example_of(network: Network, how: Reading) -> Any:
 def _as_deploy_form(path: Path, other: Network, how: Reading, failure: ReparamError) -> Network:
     """The weights in ``path`` as those of the compiled ``other``; raises ``failure`` when they are not."""
     import reparam
-    from reparam import checkpoint
+    from reparam.files import checkpoint
 
     try:
         deploy = reparam.compile(other.model, verify=False)  # the comparison comes next

@@ -46,9 +46,9 @@ from reparam.errors import ReparamError
 if TYPE_CHECKING:
     from torch import nn
 
-    from reparam.checkpoint import Network
-    from reparam.export import Exported
+    from reparam.files.checkpoint import Network
     from reparam.report import Report
+    from reparam.targets import Exported
 
 DEPLOY_SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -128,10 +128,10 @@ def fuse(
 
 def _write(deploy: nn.Module, network: Network, output: Path, inputs: Any, bar: Bar) -> Exported | None:
     if ends_like_a_target(output):
-        from reparam.export import export
+        from reparam.targets import export
 
         return export(deploy, output, inputs, progress=bar)
-    from reparam.storage import save
+    from reparam.files.deploy import save
 
     save(deploy, output, metadata={"model": network.name, "input_shape": network.input_shape})
     return None

@@ -14,8 +14,8 @@ from reparam.cli.shell import Bar, Debug, Ema, InputSize, Model, Quiet, UnsafeLo
 from reparam.errors import ModelError, ReparamError
 
 if TYPE_CHECKING:
-    from reparam.checkpoint import Network
-    from reparam.page import Chart
+    from reparam.files.checkpoint import Network
+    from reparam.page.page import Chart
 
 
 def report(
@@ -54,8 +54,8 @@ def report(
     if output.suffix not in (".html", ".htm"):
         raise ReparamError(f"{output}: the output must end in .html")
     with Bar(quiet) as bar:
-        from reparam import page
-        from reparam.storage import check_destination
+        from reparam.atomic import check_destination
+        from reparam.page import page
 
         network = _open(file, how) if is_file else _build(source, how)
         check_destination(output, never=(file,) if is_file else ())
@@ -82,7 +82,7 @@ def _open(path: Path, how: Reading) -> Network:
 
 
 def _build(spec: str, how: Reading) -> Network:
-    from reparam.checkpoint import build
+    from reparam.files.checkpoint import build
 
     try:
         network = build(spec)
@@ -94,7 +94,7 @@ def _build(spec: str, how: Reading) -> Network:
 
 
 def _read_bench(path: Path) -> Chart:
-    from reparam.page import chart_of
+    from reparam.page.page import chart_of
 
     try:
         return chart_of(json.loads(path.read_text(encoding="utf-8")))

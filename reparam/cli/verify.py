@@ -47,8 +47,8 @@ def verify(
     """
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
-        from reparam.export import Flat
-        from reparam.verify import compare, run
+        from reparam.compare import compare, run
+        from reparam.targets import Flat
 
         sides = open_both((first, second), how)
         bar(None, None, "comparing")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from reparam import measure
+from reparam.graph import measure
 from reparam.onnx.constants import Constants, is_standard
 from reparam.onnx.shapes import Known
 from reparam.report import Counts

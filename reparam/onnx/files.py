@@ -14,8 +14,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from reparam.atomic import atomic_write, check_destination
 from reparam.errors import CheckpointError, ExportError
-from reparam.storage import atomic_write, check_destination
 
 _LIMIT = 2**31 - 2**24  # of one protobuf, with room for what is not weights
 

@@ -18,7 +18,8 @@ from reparam.onnx.running import BATCHES, EXAMPLE_BATCH, Runner, choose_sizes, c
 from reparam.onnx.shapes import Known
 from reparam.onnx.write import write
 from reparam.report import Remark, Report
-from reparam.rewrite import Outcome, Rule, rewrite
+from reparam.rewrite.driver import Outcome, rewrite
+from reparam.rewrite.rule import Rule
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 

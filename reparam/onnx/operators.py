@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from reparam import lift
-from reparam.algebra import Conv, ConvTranspose, Operator
+from reparam.algebra.operators import Conv, ConvTranspose, Operator
+from reparam.graph import lift
 from reparam.onnx.shapes import Known
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from reparam import facts, lift, rewrite, views
-from reparam.algebra import ChannelAffine, Conv, ConvTranspose
+from reparam.algebra.operators import ChannelAffine, Conv, ConvTranspose
+from reparam.graph import facts, graph, lift, views
 from reparam.onnx import operators
 from reparam.onnx.constants import Constants, has_subgraph, is_standard
 from reparam.onnx.shapes import Known
@@ -60,7 +60,7 @@ class Read:
         remarks: What could not be read, and why.
     """
 
-    graph: rewrite.Graph
+    graph: graph.Graph
     values: dict[Node, ir.Value] = field(default_factory=dict)
     nodes: dict[Node, ir.Node] = field(default_factory=dict)
     links: dict[Node, list[tuple[int, int | ir.Value]]] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class Reader:
         self._modules: dict[str, nn.Module] = {"": _Holder()}
         self._nodes: dict[ir.Value, Node] = {}
         self._made = 0
-        self.result = Read(rewrite.Graph(self._fx, self._modules))
+        self.result = Read(graph.Graph(self._fx, self._modules))
 
     def read(self) -> Read:
         """The whole graph."""

@@ -14,12 +14,12 @@ from onnx import reference
 from onnx.reference.op_run import OpRun
 from torch import Tensor
 
+from reparam.compare import TOLERANCES, compare
 from reparam.errors import ExportError, ReparamError, VerificationError
-from reparam.export.onnx import OnnxModel
 from reparam.onnx import shapes
 from reparam.onnx.constants import DTYPES, to_numpy, to_torch
 from reparam.report import Comparison
-from reparam.verify import TOLERANCES, compare
+from reparam.targets.onnx import OnnxModel
 
 Sizes: TypeAlias = dict[str, tuple[int, ...]]
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra.operators import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
+from reparam.graph.graph import origins
 from reparam.onnx.constants import DTYPES
 from reparam.onnx.read import Read, graphs_of, leaves
-from reparam.rewrite import origins
 
 _TYPES = {dtype: kind for kind, dtype in DTYPES.items()}
 _END = 2**63 - 1  # of any axis

@@ -9,9 +9,9 @@ from networks import CONV, DataDependent, assert_same, graph_of, image, model
 from torch import nn
 
 import reparam
-from reparam import rewrite
-from reparam.cost import Choice, Cost
+from reparam.algebra.cost import Choice, Cost
 from reparam.passes import SiblingConvolutions, default
+from reparam.rewrite import driver
 
 
 class Always(Cost):
@@ -25,7 +25,7 @@ def merged(net: nn.Module, *inputs: torch.Tensor, rules=None) -> str:
     """The graph after the rule, every rewrite certified."""
     graph = graph_of(net, inputs or None)
     graph.cost = Always()
-    rewrite.rewrite(graph, [SiblingConvolutions()] if rules is None else rules)
+    driver.rewrite(graph, [SiblingConvolutions()] if rules is None else rules)
     return str(graph)
 
 

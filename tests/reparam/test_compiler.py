@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import reparam
+from reparam.compare import compare
 from reparam.errors import CaptureError, ReparamError, VerificationError
-from reparam.verify import compare
 from support import count_calls, randomise
 
 

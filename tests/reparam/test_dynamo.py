@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reparam.compare import compare
 from reparam.dynamo import backend
 from reparam.errors import ReparamError
-from reparam.verify import compare
 from support import randomise
 
 

@@ -21,8 +21,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import reparam
+from reparam.compare import compare
 from reparam.errors import ConditionError
-from reparam.verify import compare
 from support import Net, randomise
 
 SIZES = ((2, 3, 9, 7), (1, 3, 12, 5), (3, 3, 8, 8))

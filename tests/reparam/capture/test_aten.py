@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 import reparam
 from reparam.capture import aten
-from reparam.verify import compare
+from reparam.compare import compare
 from support import randomise
 
 ops: Any = torch.ops.aten

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reparam
+from reparam.compare import compare
 from reparam.errors import CaptureError, ConditionError
-from reparam.verify import compare
 from support import randomise
 
 

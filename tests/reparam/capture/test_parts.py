@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.capture import private_copy
-from reparam.compiled import GraphForward
+from reparam.compare import compare
+from reparam.deploy.model import GraphForward
 from reparam.errors import ConditionError
-from reparam.verify import compare
 from support import Net, randomise
 
 

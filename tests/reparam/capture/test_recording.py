@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.capture import Capture, capture, private_copy, unchanged, unwrapped
-from reparam.conditions import check_call
 from reparam.errors import CaptureError, ConditionError
+from reparam.graph.conditions import check_call
 from support import Net
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.capture import capture
-from reparam.conditions import check_call
+from reparam.compare import compare
 from reparam.errors import ConditionError
-from reparam.verify import compare
+from reparam.graph.conditions import check_call
 from support import randomise
 
 FORWARDS = {

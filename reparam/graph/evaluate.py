@@ -1,0 +1,166 @@
+"""Parts of a graph, run in float64 on random inputs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from reparam.algebra.operators import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
+from reparam.errors import VerificationError
+from reparam.graph.depthwise import ByTap
+
+if TYPE_CHECKING:
+    from reparam.graph.graph import Graph
+
+
+def seeded() -> torch.Generator:
+    """The same random numbers for every certificate: compilation is deterministic."""
+    return torch.Generator().manual_seed(0)
+
+
+def random_inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
+    """Random float64 inputs of small, odd sizes that reach every border, and every phase of a stride."""
+    generator = seeded()
+    rank = source.meta.get("rank")
+    match operator:
+        case Conv() if operator.dimensions == 0:
+            shapes = [(*(range(2, 2 + (rank or 2) - 1)), operator.in_channels)]
+        case Conv():
+            least = [
+                max(extent + 1 - min(0, pad[0]) - min(0, pad[1]), *pad) + 2 * stride + 1 + axis
+                for axis, (extent, pad, stride) in enumerate(
+                    zip(operator.extent, operator.padding, operator.stride, strict=True)
+                )
+            ]
+            phases = max(operator.stride)
+            shapes = [(1, operator.in_channels, *(size + phase for size in least)) for phase in range(min(phases, 3))]
+        case ConvTranspose():
+            axes = list(zip(operator.growth, operator.extent, operator.stride, strict=True))
+            # One position is enough for the smallest; in the larger one, an output is far from both borders.
+            least = [1 + max(0, -(-growth // stride)) for growth, _, stride in axes]
+            roomy = [
+                n + 2 * (extent // stride + 1) + axis
+                for axis, (n, (_, extent, stride)) in enumerate(zip(least, axes, strict=True))
+            ]
+            shapes = [(1, operator.in_channels, *sizes) for sizes in (least, roomy)]
+        case ChannelAffine() if operator.axis is not None:
+            rank = max(rank or 0, 1 - operator.axis)
+            sizes = list(range(2, 2 + rank))
+            sizes[operator.axis] = len(operator.scale)
+            shapes = [tuple(sizes)]
+        case ChannelAffine():
+            # The same everywhere, also because it might be a norm of a single channel.
+            shapes = [(2, 1, 3, 4, 5)[: rank or 4]]
+        case _:
+            shapes = [tuple(range(2, 2 + (rank or 4)))]
+    for shape in shapes:
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        yield x.to(operator.weight.device if isinstance(operator, AnyConv) else _device(operator))
+
+
+def _device(operator: Operator) -> torch.device:
+    return operator.scale.device if isinstance(operator, ChannelAffine) else torch.device("cpu")
+
+
+def evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[Node, Any] | None = None) -> Any:
+    """The value of a node in float64, with torch's own functions, given the values of some earlier nodes.
+
+    ``changed`` has what takes the places of some nodes: another node, or an operator applied to one.
+    """
+    if node in env:
+        return env[node]
+
+    def value(item: Node) -> Any:
+        return evaluate(graph, item, env, changed)
+
+    instead = (changed or {}).get(node)
+    if isinstance(instead, Node):
+        env[node] = value(instead)
+        return env[node]
+    if instead is not None:
+        env[node] = in_double(instead.operator)(value(instead.source))
+        return env[node]
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
+    match node.op:
+        case "placeholder":
+            raise LookupError(f"the replacement leaves out what depends on the input {node.target}")
+        case "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            result = doubled(getattr(graph.modules[owner], name))
+        case "call_module":
+            result = InDouble.of_layer(graph.modules[str(node.target)])(*args, **kwargs)
+        case "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        case _:
+            function: Any = in_double(node.target) if isinstance(node.target, Operator) else node.target
+            result = function(*args, **kwargs)
+    env[node] = result
+    return result
+
+
+def in_double(operator: Operator) -> Callable[[Any], Any]:
+    """What an operator computes in float64."""
+    return _quickly(operator.double(), operator.groups) if isinstance(operator, AnyConv) else operator
+
+
+def _quickly(function: Callable[..., Any], groups: int) -> Callable[..., Any]:
+    """A convolution, whose groups may be as many as its channels."""
+    from reparam.modes import below
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with below(ByTap()):
+            return function(*args, **kwargs)
+
+    return call if groups > 1 else function
+
+
+class InDouble:
+    """A module's forward with its parameters and buffers in float64."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        if isinstance(module, torch.jit.ScriptModule):
+            # Its tensors cannot be exchanged for a call.
+            with warnings.catch_warnings():
+                # torch asks the copies, which are no leaves, for gradients.
+                warnings.simplefilter("ignore")
+                self.module = copy.deepcopy(module).double().eval()
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        self.tensors = {name: doubled(tensor) for name, tensor in tensors}
+
+    @staticmethod
+    def of_layer(module: nn.Module) -> Callable[..., Any]:
+        """The same for a module that is likely to be a layer of torch's, which takes less to exchange tensors of."""
+        if module._modules or not type(module).__module__.startswith("torch.nn.modules."):
+            return InDouble(module)
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        for kind in ("_parameters", "_buffers"):
+            tensors = module.__dict__[kind].items()
+            twin.__dict__[kind] = {name: None if tensor is None else doubled(tensor) for name, tensor in tensors}
+        return _quickly(twin, getattr(module, "groups", 1))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output.
+
+        Raises:
+            VerificationError: It replaces one of its tensors by another.
+        """
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return self.module(*args, **kwargs)
+        tensors = dict(self.tensors)
+        result = torch.func.functional_call(self.module, tensors, args, kwargs)
+        if any(tensors[name] is not tensor for name, tensor in self.tensors.items()):
+            raise VerificationError(f"{type(self.module).__name__} replaces its own tensors")
+        return result
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """The same numbers in float64; integers stay."""
+    return tensor.detach().double() if tensor.is_floating_point() else tensor

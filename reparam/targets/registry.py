@@ -1,0 +1,46 @@
+"""The targets by name and by suffix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reparam.errors import ExportError
+from reparam.targets.aotinductor import AotInductor
+from reparam.targets.coreml import CoreML
+from reparam.targets.executorch import ExecuTorch
+from reparam.targets.onnx import Onnx
+from reparam.targets.openvino import OpenVINO
+from reparam.targets.target import Target
+from reparam.targets.torch_export import TorchExport
+
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (Onnx(), OpenVINO(), ExecuTorch(), CoreML(), TorchExport(), AotInductor())
+}
+
+
+def target_of(path: Path, name: str | None = None) -> Target:
+    """The target of this name, or the one whose files end as ``path`` does.
+
+    Raises:
+        ExportError: There is none, or the named one has files that end in something else.
+    """
+    if name is None:
+        found = [target for target in TARGETS.values() if path.name.endswith(target.suffix)]
+        if not found:
+            raise ExportError(f"{path}: {path.suffix or 'no suffix'} is the suffix of no target; {_suffixes()}")
+        return max(found, key=lambda target: len(target.suffix))
+    if name not in TARGETS:
+        raise ExportError(f"{name} is no target; there are {', '.join(TARGETS)}")
+    target = TARGETS[name]
+    if path.suffix != Path(target.suffix).suffix:
+        raise ExportError(f"{path}: a file for {target.title} ends in {target.suffix}")
+    return target
+
+
+def is_target(path: Path) -> bool:
+    """Whether files that end as ``path`` does are for some target."""
+    return any(path.name.endswith(target.suffix) for target in TARGETS.values())
+
+
+def _suffixes() -> str:
+    return "they are " + ", ".join(f"{target.suffix} for {target.title}" for target in TARGETS.values())

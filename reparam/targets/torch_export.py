@@ -1,0 +1,41 @@
+"""``torch.export``: the graph in ATen's operators with its weights, for PyTorch and for whatever reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from reparam.errors import ExportError, reason
+from reparam.targets.target import Options, Target, Written, quiet
+
+
+class TorchExport(Target):
+    """PyTorch's own exchange format."""
+
+    name = "torch-export"
+    title = "torch.export"
+    suffix = ".pt2"
+    runs_code = True
+
+    def write(self, program: ExportedProgram, path: Path, options: Options) -> Written:
+        """Save the program."""
+        torch.export.save(program, path)
+        return Written(operators_of(program))
+
+    def load(self, path: Path) -> nn.Module:
+        """The program as a module. Reading a file may run code that is in it."""
+        try:
+            with quiet():
+                return torch.export.load(path).module()
+        except Exception as error:  # whatever reading a damaged archive raises
+            raise ExportError(f"{path}: torch.export cannot load it: {reason(error)}") from error
+
+
+def operators_of(program: ExportedProgram) -> Counter[str]:
+    """How often a program calls each of ATen's operators."""
+    calls = (node.target for node in program.graph.nodes if node.op == "call_function")
+    return Counter(str(getattr(target, "overloadpacket", target)).removeprefix("aten.") for target in calls)
