@@ -37,12 +37,8 @@ format: $(INSTALLED)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# passes/ and models/ are packages only once installed (see pyproject.toml), and type checkers do not follow
-# an editable install: so they check an installed copy.
 typecheck: $(INSTALLED)  ## Check types, strictly
-	@rm -rf build
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
-	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p reparam
+	$(BIN)/mypy -p reparam
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)  ## Build the documentation as a site, into build/site; a broken link is an error

@@ -288,7 +288,7 @@ def examine(row: Row) -> None:
     row.left = list(norms_left(compiled, report))
 
 
-def capture_failures(report: reparam.Report) -> list[reparam.Remark]:
+def capture_failures(report: reparam.Report) -> list[reparam.report.Remark]:
     return [remark for remark in report.remarks if remark.kind == "capture" and remark.rule == "Record"]
 
 
@@ -309,7 +309,7 @@ def norms_left(compiled: nn.Module, report: reparam.Report) -> Iterable[Left]:
         if kind is not None:
             yield Left(path, kind, reasons(path))
     if isinstance(compiled, torch.fx.GraphModule):
-        graph = reparam.Graph(compiled.graph, dict(compiled.named_modules()))
+        graph = reparam.rules.Graph(compiled.graph, dict(compiled.named_modules()))
         for node in compiled.graph.nodes:
             name = getattr(node.target, "__name__", "")
             if node.op == "call_function" and name in NORM_FUNCTIONS:

@@ -166,6 +166,7 @@ class LargestMagnitude(TorchDispatchMode):
 
 
 def magnitude_of(tensor: Tensor) -> float:
+    """The largest finite magnitude in a tensor."""
     largest = tensor.abs().max().item() if tensor.numel() else 0.0
     if math.isfinite(largest):
         return largest

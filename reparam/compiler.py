@@ -16,6 +16,7 @@ from torch import nn
 
 from reparam import capture as capturing
 from reparam.algebra.cost import Cost
+from reparam.atomic import check_destination
 from reparam.capture import exported
 from reparam.compare import Call, as_call
 from reparam.deploy import emit
@@ -25,11 +26,13 @@ from reparam.errors import ReparamError
 from reparam.graph import aliasing, facts, measure, views
 from reparam.graph.graph import Graph
 from reparam.modes import modes_kept
+from reparam.passes import default
 from reparam.reference import Reference, _double, _tensors_of
 from reparam.report import Remark, Report
 from reparam.rewrite import borders, driver
 from reparam.rewrite.rule import Rule
 from reparam.timing import collector_paused
+from reparam.tuning import latency
 from reparam.tuning.decisions import Decisions
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -193,7 +196,6 @@ def _compile_for_latency(
     build: Callable[[_Options], _Built], options: _Options, decisions: str | Path | Mapping[str, Any] | None
 ) -> _Built:
     """The graph of ``optimize="size"``, or, where it is faster, one whose doubtful rewrites and layout were timed."""
-    from reparam.tuning import latency
 
     known, path = _decisions(decisions)
     smallest = build(options)
@@ -229,7 +231,6 @@ def _compile_for_latency(
 
 def _decisions(given: str | Path | Mapping[str, Any] | None) -> tuple[Decisions, Path | None]:
     """Decisions, and where to write them."""
-    from reparam.atomic import check_destination
 
     match given:
         case None:
@@ -443,8 +444,6 @@ def explain(
 
 def _checked_rules(passes: Sequence[Rule] | None) -> Sequence[Rule]:
     if passes is None:
-        from reparam.passes import default
-
         return default()
     for rule in passes:
         if not isinstance(rule, Rule):

@@ -5,10 +5,7 @@ Each message says what happened, where (module path or file), and what to do abo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from reparam.report import Comparison
+from reparam.report import Comparison
 
 
 class ReparamError(Exception):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,8 @@ from reparam.errors import ReparamError, VerificationError
 from reparam.graph.graph import Graph
 from reparam.graph.leaves import carries_hooks
 from reparam.graph.text import operator_text
-
-if TYPE_CHECKING:
-    from reparam.models.blocks import Builder
+from reparam.models import blocks
+from reparam.models.blocks import Builder
 
 Where: TypeAlias = "Callable[[str, nn.Conv2d], bool] | str | Sequence[str] | None"
 _TOLERANCE = 1e-9
@@ -89,8 +88,6 @@ def expand(
 
 def _builder(block: str | Builder) -> Builder:
     if isinstance(block, str):
-        from reparam.models import blocks
-
         return blocks.builder(block)
     if not callable(block):
         raise ReparamError(f"block must be a block's name or a function that makes one, not {block!r}")

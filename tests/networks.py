@@ -58,18 +58,18 @@ def model(forward: Callable[..., Any], **members: Any) -> nn.Module:
     return randomise(made.double()).eval()
 
 
-def graph_of(module: nn.Module, example_inputs: Any = None) -> reparam.Graph:
+def graph_of(module: nn.Module, example_inputs: Any = None) -> reparam.rules.Graph:
     """The graph of a module as the rules see it, before any rewrite."""
     captured = capture.capture(module, None if example_inputs is None else as_call(example_inputs))
     assert captured.traced, captured.remarks
     modules = dict(captured.root.named_modules())
     aliasing.make_out_of_place(captured.graph, modules)
     views.settle(captured.graph.nodes, modules)
-    return reparam.Graph(captured.graph, modules)
+    return reparam.rules.Graph(captured.graph, modules)
 
 
 def rewritten(
-    module: nn.Module, rules: Sequence[reparam.Rule] | None = None, example_inputs: Any = None
+    module: nn.Module, rules: Sequence[reparam.rules.Rule] | None = None, example_inputs: Any = None
 ) -> tuple[str, str]:
     """The graph as text before and after rewriting with ``rules``, every rewrite certified."""
     graph = graph_of(module, example_inputs)
@@ -117,7 +117,7 @@ def assert_same_or_told(module: nn.Module, compiled: nn.Module, *inputs: Tensor)
     assert_same(module, compiled, *inputs)
 
 
-def assert_left(module: nn.Module, rules: Sequence[reparam.Rule], why: Sequence[str], *inputs: Tensor) -> None:
+def assert_left(module: nn.Module, rules: Sequence[reparam.rules.Rule], why: Sequence[str], *inputs: Tensor) -> None:
     """The rules change nothing, the whole compiler gives these reasons, and its result computes the same."""
     before, after = rewritten(module, rules)
     assert before == after

@@ -23,7 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     built = subprocess.run([*command, "-w", "dist", "."], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -42,7 +42,6 @@ def test_only_reparam_lands_in_site_packages(wheel: zipfile.ZipFile) -> None:
 
 
 def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    """Also one in a new subfolder, which the list of packages in pyproject.toml would have to name."""
     expected = {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, target in FOLDERS.items()
@@ -54,7 +53,7 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_template_of_the_page_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    assert "reparam/templates/report.html" in wheel.namelist()
+    assert "reparam/page/templates/report.html" in wheel.namelist()
 
 
 def test_is_typed_and_licensed(wheel: zipfile.ZipFile) -> None:
@@ -83,3 +82,11 @@ def test_an_installed_copy_imports(wheel: zipfile.ZipFile, tmp_path: Path) -> No
     assert ran.returncode == 0, ran.stderr
     expected = [tmp_path / target / "__init__.py" for target in ("reparam", "reparam/models", "reparam/passes")]
     assert [Path(line) for line in ran.stdout.splitlines()] == expected
+
+
+def test_the_folder_above_a_clone_is_no_trap(tmp_path: Path) -> None:
+    """There, the clone itself is a folder called reparam; an editable install has the package of that name."""
+    (tmp_path / "reparam").symlink_to(ROOT)
+    for program in (["-c", "import reparam; print(reparam.compile)"], ["-m", "reparam", "--help"]):
+        run = subprocess.run([sys.executable, *program], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr

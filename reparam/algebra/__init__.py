@@ -1,0 +1,27 @@
+"""The algebra: linear operators as data, and what two of them in a row or side by side are. It knows no torch.fx."""
+
+from reparam.algebra.operators import (
+    AveragePool,
+    ChannelAffine,
+    Conv,
+    ConvTranspose,
+    Linear,
+    Operator,
+    Pad,
+    compose,
+    concatenate,
+    parallel,
+)
+
+__all__ = [
+    "AveragePool",
+    "ChannelAffine",
+    "Conv",
+    "ConvTranspose",
+    "Linear",
+    "Operator",
+    "Pad",
+    "compose",
+    "concatenate",
+    "parallel",
+]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import reparam
+from reparam import compiler
 from reparam.bench.race import Benchmark, Progress, Row, Settings, race
 from reparam.bench.runtimes import RUNTIMES, Runtime
 from reparam.errors import ReparamError, reason
@@ -75,5 +75,5 @@ def graphs_of(
         tell(None, None, f"compiling for {objective}")
         name = "compiled" if objective == optimize[0] else f"compiled ({objective})"
         # Nothing is verified here: every graph is compared in every runtime before it is timed.
-        graphs[name] = reparam.compile(training, inputs, optimize=objective, verify=False)
+        graphs[name] = compiler.compile(training, inputs, optimize=objective, verify=False)
     return graphs

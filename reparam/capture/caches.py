@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.capture.state import State, same_items, writes_undone
+from reparam.compare import compare
 
 # Added to the sizes of an example, or what they are multiplied by.
 _OTHERS = (lambda size: size // 2, lambda size: 2 * size, lambda size: size + 32, lambda size: size + 1)
@@ -138,7 +139,6 @@ def _resized(change: Callable[[int], int], x: Tensor) -> Tensor:
 
 def is_same(a: Any, b: Any) -> bool:
     """Whether two outputs are the same numbers: what is computed anew is, to the last bit."""
-    from reparam.compare import compare
 
     try:
         compare(a, b, 1e-12)

@@ -1,0 +1,1 @@
+"""From operators to the model that is deployed: layers, their names, the compiled model."""

@@ -6,7 +6,7 @@ This is where float64 ends: each number is rounded once, when its layer is made.
 from __future__ import annotations
 
 import operator as python_operators
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,7 @@ from reparam.algebra.kernels import padding_before
 from reparam.algebra.operators import ZEROS, AnyConv, ChannelAffine, Operator, Pad
 from reparam.deploy.layers import layer
 from reparam.deploy.naming import Names, permitted
-
-if TYPE_CHECKING:
-    from reparam.graph.graph import Graph
+from reparam.graph.graph import Graph, calls, origins
 
 
 def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> dict[str, Any]:
@@ -78,7 +76,6 @@ def _take_as_operator(graph: Graph, node: Node) -> None:
     That is where a function was called with a kernel, which may have been computed from parameters by a program that
     runs no longer.
     """
-    from reparam.graph.graph import calls, origins
 
     operator = graph.op(node) if not isinstance(node.target, Operator) else None
     if node.op != "call_function" or not isinstance(operator, AnyConv):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import keyword
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Node
 
 from reparam.algebra.operators import AnyConv, ChannelAffine
-
-if TYPE_CHECKING:
-    from reparam.graph.graph import Graph
+from reparam.graph.graph import Graph
 
 
 def permitted(path: str) -> str:

@@ -1,0 +1,1 @@
+"""Files: checkpoints of all kinds in, deploy files out."""

@@ -17,16 +17,15 @@ import zipfile
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from reparam.errors import CheckpointError, ModelError, ReparamError
-
-if TYPE_CHECKING:
-    from reparam.models.registry import ModelEntry
+from reparam.models import registry
+from reparam.models.registry import ModelEntry
 
 # Where training scripts keep the weights in the dictionary that they save, most usual first.
 WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "net", "network", "params", "weights")
@@ -236,7 +235,6 @@ def build(spec: str) -> Network:
     Raises:
         ModelError: No such model, or it cannot be built.
     """
-    from reparam.models import registry
 
     if spec.startswith("timm:"):
         name = spec.removeprefix("timm:")
@@ -250,7 +248,6 @@ def build(spec: str) -> Network:
 
 
 def _recognise(checkpoint: Checkpoint) -> Network:
-    from reparam.models import registry
 
     if isinstance(checkpoint.module, ExportedProgram):
         return Network(checkpoint.module, "an exported program", _example_shape(checkpoint.module))
@@ -272,7 +269,6 @@ def _recognise(checkpoint: Checkpoint) -> Network:
 
 
 def _known(checkpoint: Checkpoint, name: str) -> Network:
-    from reparam.models import registry
 
     entry = registry.entry(name)
     try:

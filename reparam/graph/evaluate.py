@@ -14,6 +14,7 @@ from torch.fx import Node
 from reparam.algebra.operators import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
 from reparam.errors import VerificationError
 from reparam.graph.depthwise import ByTap
+from reparam.modes import below
 
 if TYPE_CHECKING:
     from reparam.graph.graph import Graph
@@ -111,7 +112,6 @@ def in_double(operator: Operator) -> Callable[[Any], Any]:
 
 def _quickly(function: Callable[..., Any], groups: int) -> Callable[..., Any]:
     """A convolution, whose groups may be as many as its channels."""
-    from reparam.modes import below
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with below(ByTap()):

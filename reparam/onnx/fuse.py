@@ -17,6 +17,7 @@ from reparam.onnx.read import UNDERSTOOD_FROM, Reader
 from reparam.onnx.running import BATCHES, EXAMPLE_BATCH, Runner, choose_sizes, compare_models, input_names
 from reparam.onnx.shapes import Known
 from reparam.onnx.write import write
+from reparam.passes import default
 from reparam.report import Remark, Report
 from reparam.rewrite.driver import Outcome, rewrite
 from reparam.rewrite.rule import Rule
@@ -116,7 +117,6 @@ def fuse_onnx(
 
 
 def _rules(passes: Sequence[Rule] | None) -> Sequence[Rule]:
-    from reparam.passes import default
 
     return default() if passes is None else list(passes)
 

@@ -1,0 +1,1 @@
+"""The report page: a compilation as one HTML file."""

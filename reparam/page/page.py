@@ -136,7 +136,7 @@ def render(
         raise ReparamError(f"a {type(compiled).__name__} has no report; give what reparam.compile returned")
     blocks = distinct_blocks(model, compiled, example_inputs)
     environment = Environment(
-        loader=PackageLoader("reparam", "templates"),
+        loader=PackageLoader("reparam.page", "templates"),
         autoescape=True,
         finalize=lambda value: drawing.printable(value) if type(value) is str else value,
         trim_blocks=True,

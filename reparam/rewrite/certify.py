@@ -19,10 +19,11 @@ from reparam.algebra.operators import AnyConv, Operator, Pad
 from reparam.compare import magnitude_of, relative_error
 from reparam.errors import VerificationError, first_line
 from reparam.graph.evaluate import evaluate, in_double, random_inputs, seeded
+from reparam.graph.graph import Graph
 from reparam.report import Comparison
+from reparam.rewrite.rule import Add, Apply, Slice, applies
 
 if TYPE_CHECKING:
-    from reparam.graph.graph import Graph
     from reparam.rewrite.rule import Apply, Rewrite, Slice
 
 CERTIFICATE_TOLERANCE = 1e-9
@@ -56,7 +57,6 @@ def certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
 
 
 def _certify(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> float:
-    from reparam.rewrite.rule import Add, Apply, Slice, applies
 
     if rewrite.outputs:
         return _certify_together(graph, rewrite, where, rule)
@@ -96,7 +96,6 @@ def _certify_together(graph: Graph, rewrite: Rewrite, where: str, rule: str) -> 
 
 def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
     """Random values for what a rewrite reads: of the shapes of an example, or of small ones when one value is read."""
-    from reparam.rewrite.rule import applies
 
     within = {node for node, _ in rewrite.values} | set(rewrite.through)
     outside = {

@@ -28,9 +28,8 @@ from reparam.graph.graph import Graph, describe, moves
 from reparam.graph.lift import Refusal
 from reparam.report import Remark
 from reparam.rewrite.certify import Uncertifiable, certify
+from reparam.rewrite.edit import Editor
 from reparam.rewrite.rule import Add, Missed, Rewrite, Rule, Slice, applies
-
-# The driver.
 
 
 @dataclass
@@ -70,12 +69,13 @@ def rewrite(
         RewriteError: A rule returned a rewrite that does not make the graph cheaper.
     """
     outcome = Outcome()
-    for node in graph.remove_unused():
+    editor = Editor(graph)
+    for node in editor.remove_unused():
         if node.op == "call_module":
             outcome.remarks.append(Remark("capture", "Unused", graph.path(node), "its output is not used, removed"))
     missed: dict[tuple[Node, str], str] = {}
-    _apply_all(graph, [rule for rule in rules if not rule.last], verify, progress, outcome, missed)
-    _apply_all(graph, [rule for rule in rules if rule.last], verify, None, outcome, missed)
+    _apply_all(editor, [rule for rule in rules if not rule.last], verify, progress, outcome, missed)
+    _apply_all(editor, [rule for rule in rules if rule.last], verify, None, outcome, missed)
     for (node, name), reason in missed.items():
         if not node._erased:
             outcome.remarks.append(Remark("missed", name, graph.path(node), reason))
@@ -84,7 +84,7 @@ def rewrite(
 
 
 def _apply_all(
-    graph: Graph,
+    editor: Editor,
     rules: Sequence[Rule],
     verify: bool,
     progress: Callable[[int, int, str], None] | None,
@@ -94,6 +94,7 @@ def _apply_all(
     """Apply some of the rules until none of them matches."""
     if not rules:
         return
+    graph = editor.graph
     total = len(graph.fx.nodes)
     waiting = deque(graph.fx.nodes)
     queued = set(waiting)
@@ -105,17 +106,17 @@ def _apply_all(
             visited += 1
             if progress is not None:
                 progress(min(visited, total), total, graph.path(node))
-            again = [other for other in _visit(graph, rules, node, verify, outcome, missed) if other not in queued]
+            again = [other for other in _visit(editor, rules, node, verify, outcome, missed) if other not in queued]
             waiting.extendleft(reversed(again))
             queued.update(again)
         if not waiting and len(outcome.remarks) > fused:
             fused = len(outcome.remarks)
-            waiting.extend(_neighbourhood(graph, graph.settle()))
+            waiting.extend(_neighbourhood(graph, editor.settle()))
             queued.update(waiting)
 
 
 def _visit(
-    graph: Graph,
+    editor: Editor,
     rules: Sequence[Rule],
     node: Node,
     verify: bool,
@@ -123,6 +124,7 @@ def _visit(
     missed: dict[tuple[Node, str], str],
 ) -> list[Node]:
     """Apply the first rule that matches at a node; returns the nodes to look at again."""
+    graph = editor.graph
     for rule in rules:
         match rule.rewrite(node, graph):
             case None:
@@ -140,7 +142,7 @@ def _visit(
                         continue
                     outcome.certificates += 1
                     outcome.largest_error = max(outcome.largest_error, error)
-                new = _perform(graph, rule, change, outcome)
+                new = _perform(editor, rule, change, outcome)
                 outcome.remarks.append(Remark("fused", rule.name, where, change.message))
                 return _neighbourhood(graph, new or _remaining(change))
     return []
@@ -174,10 +176,11 @@ def _why_norm_stays(graph: Graph, node: Node) -> str | None:
     return "it normalises with statistics of its input, which no constant can replace"
 
 
-def _perform(graph: Graph, rule: Rule, change: Rewrite, outcome: Outcome) -> list[Node]:
+def _perform(editor: Editor, rule: Rule, change: Rewrite, outcome: Outcome) -> list[Node]:
     """Apply a rewrite and check that the graph became cheaper."""
+    graph = editor.graph
     before = {node: graph.kernels(node) for node in _touched(graph, change)}
-    new, erased = graph._apply(change)
+    new, erased = editor.apply(change)
     gone = sum(before.get(node, 0) for node in erased)
     made = sum(graph.kernels(node) for node in new)
     counted = len([node for node in erased if node.op != "get_attr"])

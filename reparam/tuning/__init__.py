@@ -1,0 +1,1 @@
+"""What the clock decides: choices, variants and prepared layers, timed on the machine that runs them."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reparam.atomic import atomic_write
 from reparam.errors import ReparamError
 
 _FORMAT = "reparam decisions"
@@ -98,7 +99,6 @@ class Decisions(Mapping[str, Decision]):
         Raises:
             ExportError: The file cannot be written.
         """
-        from reparam.atomic import atomic_write
 
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -141,19 +141,19 @@ def test_inputs_as_people_write_them(inputs: Any) -> None:
     assert reparam.verify(Returns(lambda x: x), Returns(lambda x: x), inputs).outputs == 1
 
 
-class Wrong(reparam.Rule):
+class Wrong(reparam.rules.Rule):
     """A rule that is wrong in a way of the test's choice."""
 
     def __init__(self, spoil: Any) -> None:
         self.spoil = spoil
 
-    def rewrite(self, node: Node, graph: reparam.Graph) -> Any:
+    def rewrite(self, node: Node, graph: reparam.rules.Graph) -> Any:
         right = reparam.passes.NormAfterLinear().rewrite(node, graph)
-        if not isinstance(right, reparam.Rewrite):
+        if not isinstance(right, reparam.rules.Rewrite):
             return right
         ((replaced, value),) = right.values
         spoiled = self.spoil(value.operator)
-        return reparam.Rewrite(((replaced, reparam.Apply(spoiled, value.source, value.terms)),), "spoiled")
+        return reparam.rules.Rewrite(((replaced, reparam.rules.Apply(spoiled, value.source, value.terms)),), "spoiled")
 
 
 def _rounded(conv: Conv) -> Conv:

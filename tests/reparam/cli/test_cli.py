@@ -422,7 +422,7 @@ def test_bad_usage(checkpoint: Path, fused: Path) -> None:
 
 
 def test_a_wrong_result_is_not_written(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    comparison = reparam.Comparison(0.5, 1e-4, 1)
+    comparison = reparam.report.Comparison(0.5, 1e-4, 1)
 
     def disagree(*args: Any, **kwargs: Any) -> nn.Module:
         raise reparam.VerificationError("the models disagree", comparison)
@@ -596,7 +596,8 @@ def threads_of_the_bar() -> int:
 HANGING = """
 import signal, sys, time
 import reparam, torch
-from reparam import cli, storage
+from reparam import cli
+from reparam.files import deploy
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 

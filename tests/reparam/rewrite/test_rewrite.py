@@ -11,10 +11,11 @@ from torch import nn
 from torch.fx import Node
 
 import reparam
-from reparam import Apply, Graph, Missed, Remark, Rewrite, Rule
 from reparam.algebra.operators import ChannelAffine, Conv
 from reparam.errors import ReparamError, RewriteError, VerificationError
+from reparam.report import Remark
 from reparam.rewrite.driver import Outcome, rewrite
+from reparam.rules import Apply, Graph, Missed, Rewrite, Rule
 
 
 class Replace(Rule):
@@ -82,7 +83,7 @@ def test_rule_that_makes_a_graph_dearer_is_stopped():
             if not isinstance(conv, Conv):
                 return None
             half = Apply(conv.scaled(0.5), graph.source(node), ((0.5, node),))
-            return Rewrite(((node, reparam.Add(((1.0, half), (1.0, half)))),), "split in two")
+            return Rewrite(((node, reparam.rules.Add(((1.0, half), (1.0, half)))),), "split in two")
 
     with pytest.raises(RewriteError, match="must make the graph cheaper"):
         reparam.compile(conv_norm(), passes=[Split()], verify=False)
@@ -171,7 +172,7 @@ def test_certificate_catches_a_wrong_sum():
 
         def rewrite(self, node, graph):
             total = graph.op(node)
-            return Rewrite(((node, total.terms[0][1]),), "dropped") if isinstance(total, reparam.lift.Sum) else None
+            return Rewrite(((node, total.terms[0][1]),), "dropped") if isinstance(total, reparam.lifting.Sum) else None
 
     net = model(lambda s, x: x.relu() + x.sigmoid())
     with pytest.raises(VerificationError, match="the replacement leaves out what depends on the input x"):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import reparam
-from reparam import ImageInput
 from reparam.errors import ExportError, VerificationError
+from reparam.targets import ImageInput
 from support import randomise
 
 coremltools = pytest.importorskip("coremltools")

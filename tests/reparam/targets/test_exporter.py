@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import reparam
-from reparam import ImageInput
 from reparam.errors import ExportError, ReparamError, VerificationError
-from reparam.targets import TARGETS, Flat, Options, Target, Written
+from reparam.targets import TARGETS, Flat, ImageInput, Options, Target, Written
 from reparam.targets.torch_export import TorchExport
 from support import Net
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reparam import ImageInput
 from reparam.errors import ExportError
+from reparam.targets import ImageInput
 from support import count_calls
 
 IMAGENET = ImageInput((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
