@@ -298,9 +298,9 @@ def _rewritten(
     modules = captured.modules
     selects = options.where or (lambda path: True)
     for node in captured.graph.nodes:
-        where = str(node.target) if node.op == "call_module" else str(node.meta.get("scope", ""))
+        where = str(node.target) if node.op == "call_module" else facts.of(node).scope
         if node.op.startswith("call") and not selects(".".join(filter(None, (options.prefix, where)))):
-            node.meta["frozen"] = aliasing.OUTSIDE
+            facts.know(node, frozen=aliasing.OUTSIDE)
     before = measure.kinds_of_graph(captured.graph, modules, replaced)
     facts.settle_ranks(captured.graph.nodes, modules)
     borders_read = borders.read(captured.graph, modules)

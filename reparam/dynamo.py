@@ -93,14 +93,14 @@ def _captured(
         else:
             values[node] = made = copied.node_copy(node, values.__getitem__)
         value = node.meta.get("example_value")
-        made.meta = {"scope": ""}
+        made.meta = {}
         if isinstance(value, Tensor):
-            made.meta |= {"rank": value.dim(), "kind": "tensor", "dtype": value.dtype}
-            made.meta["floating"] = value.is_floating_point()
+            facts.know(made, rank=value.dim(), kind="tensor", dtype=value.dtype)
+            facts.know(made, floating=value.is_floating_point())
             if all(type(size) is int for size in value.shape):
-                made.meta["shape"] = tuple(value.shape)
+                facts.know(made, shape=tuple(value.shape))
         elif value is not None:
-            made.meta["kind"] = "unknown" if isinstance(value, (tuple, list, dict)) else "other"
+            facts.know(made, kind="unknown" if isinstance(value, (tuple, list, dict)) else "other")
         facts.note(made, root.get_submodule(str(made.target)) if made.op == "call_module" else None)
     modules = dict(root.named_modules())
     storages = capturing.tensor_storages(modules.values())

@@ -1,6 +1,8 @@
 """The algebra: linear operators as data, and what two of them in a row or side by side are. It knows no torch.fx."""
 
 from reparam.algebra.operators import (
+    ZEROS,
+    AnyConv,
     AveragePool,
     ChannelAffine,
     Conv,
@@ -14,6 +16,8 @@ from reparam.algebra.operators import (
 )
 
 __all__ = [
+    "ZEROS",
+    "AnyConv",
     "AveragePool",
     "ChannelAffine",
     "Conv",

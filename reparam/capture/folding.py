@@ -48,7 +48,7 @@ def fold(graph: Graph, root: nn.Module, modules: Mapping[str, nn.Module], storag
             root.__dict__[name] = value
             with graph.inserting_before(node):
                 made = graph.get_attr(name)
-            made.meta = {"scope": node.meta.get("scope", ""), "rank": value.dim(), "shape": tuple(value.shape)}
+            facts.know(made, scope=facts.of(node).scope, rank=value.dim(), shape=tuple(value.shape))
             facts.note(made)
             node.replace_all_uses_with(made, lambda user: user not in values)
         if node.op != "get_attr" and not node.users:

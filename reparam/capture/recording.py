@@ -324,7 +324,7 @@ class Session(TorchFunctionMode):
     def _open(self, tape: Tape, node: Node, value: Any) -> None:
         """Find the tensors in an argument; numbers in it are numbers of the graph."""
         if isinstance(value, Tensor):
-            node.meta["device"] = value.device
+            facts.know(node, device=value.device)
             tape.bind(value, node)
         elif type(value) in (tuple, list, dict) or isinstance(value, Mapping):
             for name, item in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
@@ -348,10 +348,10 @@ class Session(TorchFunctionMode):
             name = tape.name_for("_output", rebuild)
             tape.modules[name] = rebuild
             made = tape.node("call_module", name, tuple(tape.argument(item) for item in Rebuild.slots(value, OURS)))
-            made.meta["kind"] = "unknown"
+            facts.know(made, kind="unknown")
         tape.frames.pop()
         node = tape.graph.output(made)
-        node.meta["scope"] = frame.path
+        facts.know(node, scope=frame.path)
 
     # Modules.
 
@@ -573,8 +573,9 @@ class Session(TorchFunctionMode):
             if node.op in ("get_attr", "call_module"):
                 target = f"{path}.{target}" if path else target
             twin = tape.node(node.op, target, *mapped(given, argument))
-            scope = str(node.meta.get("scope", ""))
-            twin.meta = {**node.meta, "scope": f"{path}.{scope}" if scope and path else path or scope}
+            scope = facts.of(node).scope
+            twin.meta = dict(node.meta)
+            facts.know(twin, scope=f"{path}.{scope}" if scope and path else path or scope)
             tape.shapes[twin] = recorded.shapes.get(node, torch.Size())
             made[node] = twin
         output = next(iter(reversed(recorded.graph.nodes))).args[0]  # type: ignore[union-attr]
@@ -629,7 +630,7 @@ class Session(TorchFunctionMode):
                 self._leave(module)
                 self.kept.update(module.modules())
             node = tape.node("call_module", path, *given)
-            node.meta["scope"] = path
+            facts.know(node, scope=path)
             tape.valueless.discard(node)
             numbers = tape.results(result, node, None if carries_hooks(module) else module)
             if reason is not None:
@@ -887,7 +888,7 @@ class Session(TorchFunctionMode):
         if node not in tape.valueless:
             tape.filled(self.wrote)
         if result is None:
-            node.meta["kind"] = "other"
+            facts.know(node, kind="other")
         else:
             if not self.wrote:
                 result = self._renamed(tape, result)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reparam.capture.demands import is_said
+from reparam.graph import facts
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -217,7 +218,7 @@ def _said(item: Any) -> str:
     """A size in words, where it is one of an input's."""
     if isinstance(item, Number) and item.function == "size":
         value, axis = item.operands
-        names = _AXES.get(value.meta.get("rank"), ())
+        names = _AXES.get(facts.of(value).rank or 0, ())
         if axis < len(names) and names[axis]:
             return f"the {names[axis]} of {_name(value)}"
     return str(item)

@@ -135,7 +135,7 @@ class Tape:
         # fx walks through arguments that it is given here, beside storing them.
         node = self.graph.create_node(op, target)
         node.args, node.kwargs = args, dict(kwargs or {})
-        node.meta["scope"] = self.frames[-1].path if self.frames else ""
+        facts.know(node, scope=self.frames[-1].path if self.frames else "")
         sources = node.all_input_nodes
         if op.startswith("call"):
             if all(source in self.valueless or not _reads_values(node, source) for source in sources):
@@ -154,7 +154,7 @@ class Tape:
         if isinstance(value, Tensor):
             self.shapes[node] = value.shape
             if not self.session.given:
-                del node.meta["shape"]
+                facts.know(node, shape=None)
         facts.note(node, module)
 
     def bind(self, tensor: Tensor, node: Node) -> None:
@@ -212,7 +212,7 @@ class Tape:
             frame.handed_on.add(value)
             return self.attribute(frame.dtypes[value], "dtype", value)
         if isinstance(value, torch.device):
-            given = next((node for node in self.graph.nodes if node.meta.get("device") == value), None)
+            given = next((node for node in self.graph.nodes if facts.of(node).device == value), None)
             return self.attribute(given, "device", value) if given is not None else value
         if value is None or value is Ellipsis or type(value) in _PLAIN or isinstance(value, _SETTINGS):
             return value
@@ -242,7 +242,7 @@ class Tape:
         if id(tensor) not in self.constants:
             self.constants[id(tensor)] = tensor, self.name_for(f"_constant{len(self.made)}", tensor)
         node = self.node("get_attr", self.constants[id(tensor)][1])
-        node.meta.update(kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape))
+        facts.know(node, kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape))
         facts.note(node)
         return node
 
@@ -274,7 +274,7 @@ class Tape:
             case function, operands:
                 args = tuple(self.number(item) if isinstance(item, Number) else item for item in operands)
                 made = self.node("call_function", function, args)
-        made.meta.update(kind="other", example=number.hint)
+        facts.know(made, kind="other", example=number.hint)
         facts.note(made)
         self.valueless.add(made)
         self.numbers[number.key] = made
@@ -283,7 +283,7 @@ class Tape:
 
     def require(self, outcome: Node, what: str) -> None:
         """Check at every call that a comparison comes out as it did."""
-        self.node("call_function", torch._assert, (outcome, assertion(what))).meta["kind"] = "other"
+        facts.know(self.node("call_function", torch._assert, (outcome, assertion(what))), kind="other")
 
     def follows(self, number: Number) -> bool:
         """Whether a number is what it was wherever the conditions so far hold, as the sizes that it comes of are."""
@@ -331,7 +331,7 @@ class Tape:
         if (dtype, node) not in self.conditions:
             self.conditions.append((dtype, node))
             same = self.node("call_function", operator.eq, (self.attribute(node, "dtype", dtype), dtype))
-            same.meta["kind"] = "other"
+            facts.know(same, kind="other")
             self.require(same, f"{named(node)} is of {dtype}")
 
     def size(self, tensor: Tensor, axis: int) -> Any:
@@ -365,8 +365,9 @@ class Tape:
                 if source in self.valueless:
                     pending.append(source)
                     continue
-                if node.target is not getattr or node.args[1] != "device":
-                    self.require_type(source, source.meta["dtype"])
+                dtype = facts.of(source).dtype
+                if dtype is not None and (node.target is not getattr or node.args[1] != "device"):
+                    self.require_type(source, dtype)
                 if _reads_shape(node, source):
                     for axis in range(len(self.shapes[source])):
                         int(self._size(source, axis, self.shapes[source]))
@@ -444,7 +445,7 @@ def _autocast() -> tuple[Any, ...]:
 
 def named(node: Node) -> str:
     """A value, for a message."""
-    return str(node.target) if node.op == "placeholder" else f"{node.name} in {node.meta.get('scope')}"
+    return str(node.target) if node.op == "placeholder" else f"{node.name} in {facts.of(node).scope}"
 
 
 def tidy(tape: Tape) -> None:
@@ -453,7 +454,7 @@ def tidy(tape: Tape) -> None:
         _move_up(node, set())
     for node in reversed(tape.graph.nodes):
         is_idle = not node.users and (
-            node in tape.containers or node.op == "get_attr" or node.meta.get("kind") == "other"
+            node in tape.containers or node.op == "get_attr" or facts.of(node).kind == "other"
         )
         if is_idle and node.op in ("call_function", "call_method", "get_attr") and not node.is_impure():
             tape.graph.erase_node(node)
@@ -463,7 +464,7 @@ def _move_up(node: Node, moved: set[Node]) -> None:
     """Put a condition, and the numbers that it is about, right behind what these are sizes of."""
     moved.add(node)
     for source in node.all_input_nodes:
-        if source.meta.get("kind") == "other" and source.op.startswith("call") and source not in moved:
+        if facts.of(source).kind == "other" and source.op.startswith("call") and source not in moved:
             _move_up(source, moved)
     last = max(node.all_input_nodes, default=None)
     while last is not None and last.next.op == "placeholder":

@@ -16,6 +16,7 @@ from reparam.algebra.kernels import padding_before
 from reparam.algebra.operators import ZEROS, AnyConv, ChannelAffine, Operator, Pad
 from reparam.deploy.layers import layer
 from reparam.deploy.naming import Names, permitted
+from reparam.graph import facts
 from reparam.graph.graph import Graph, calls, origins
 
 
@@ -52,13 +53,13 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
             with graph.fx.inserting_before(node):
                 _replace(graph, node, graph.fx.call_function(number[0], (graph.source(node), number[1])))
             continue
-        origins = node.meta.get("origins", frozenset())
-        key = node.meta.get("calls") if origins else node
+        origins = facts.of(node).origins or frozenset()
+        key = facts.of(node).calls if origins else node
         path = shared.get(key)
         if path is None or not _computes(used[path], operator):
             # A norm may be more precise than the convolution before it, which reads what the model's input is.
             largest = max(sorted(origins & dtypes.keys()), key=lambda origin: names.sizes.get(origin, 0), default=None)
-            dtype = node.meta.get("precision") or (default if largest is None else dtypes[largest])
+            dtype = facts.of(node).precision or (default if largest is None else dtypes[largest])
             path = shared[key] = names.take(node)
             used[path] = layer(operator, dtype)
         source = graph.source(node)
@@ -81,7 +82,7 @@ def _take_as_operator(graph: Graph, node: Node) -> None:
     if node.op != "call_function" or not isinstance(operator, AnyConv):
         return
     source = graph.source(node)
-    node.meta.update(origins=origins(node), calls=calls(node), precision=operator.weight.dtype)
+    facts.know(node, origins=origins(node), calls=calls(node), precision=operator.weight.dtype)
     node.op, node.target, node.args, node.kwargs = "call_function", operator, (source,), {}
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from reparam.algebra.operators import AnyConv, ChannelAffine
+from reparam.graph import facts
 from reparam.graph.graph import Graph
 
 
@@ -47,8 +48,8 @@ class Names:
         for node in graph.fx.nodes:
             if node.op not in ("call_module", "call_function", "call_method"):
                 continue
-            origins = node.meta.get("origins", ())
-            places = {str(node.target)} if node.op == "call_module" else {node.meta.get("scope", ""), *origins}
+            origins = facts.of(node).origins or ()
+            places = {str(node.target)} if node.op == "call_module" else {facts.of(node).scope, *origins}
             for prefix in {prefix for path in places for prefix in _prefixes(path)}:
                 self.inhabitants.setdefault(prefix, set()).add(node)
             for prefix in {prefix for path in origins for prefix in _prefixes(path)}:
@@ -65,7 +66,7 @@ class Names:
         still busy, because the module goes on to do other things, the layer takes the place of the module inside it
         that gave it the most.
         """
-        origins = sorted(node.meta.get("origins", ())) or [node.meta.get("scope", "")]
+        origins = sorted(facts.of(node).origins or ()) or [facts.of(node).scope]
         common = _common_prefix(origins)
         while "." in common and self._is_all_that_is_left(common.rpartition(".")[0], node):
             common = common.rpartition(".")[0]
@@ -83,7 +84,7 @@ class Names:
 
     def main_origin(self, node: Node) -> str:
         """Of the modules whose parameters went into a node, the one that has the most."""
-        origins: list[str] = sorted(node.meta.get("origins", ())) or [str(node.meta.get("scope", ""))]
+        origins: list[str] = sorted(facts.of(node).origins or ()) or [facts.of(node).scope]
         return max(origins, key=lambda path: self.sizes.get(path, 0))
 
     def _occupy(self, path: str) -> None:

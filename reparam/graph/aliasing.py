@@ -52,8 +52,8 @@ _FRESH = frozenset("add sub mul truediv iadd isub imul itruediv matmul".split())
 def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> list[Node]:
     """Replace in-place operations by their twins, and freeze what cannot be.
 
-    A frozen node has ``meta["frozen"]``: it is not lifted. A node that was in place and no longer is has
-    ``meta["in_place"]``, what it called, so that it may be made so again when the graph is final.
+    A node that :class:`Facts` says is frozen is not lifted. A node that was in place and no longer is has
+    ``in_place`` there, what it called, so that it may be made so again when the graph is final.
 
     Args:
         graph: A traced graph, changed here.
@@ -86,7 +86,7 @@ def make_out_of_place(graph: Graph, modules: MutableMapping[str, nn.Module]) -> 
             ]
             target = node.target
             if not later and not _converts(node) and _take_out_of_place(node, modules):
-                node.meta["in_place"] = target
+                facts.know(node, in_place=target)
                 settled.add(node)
                 for other in same:
                     for reader in [reader for reader in other.users if order[reader] > order[node]]:
@@ -116,11 +116,11 @@ def _freeze(
             last[base] = max(last.get(base, 0), order[write])
     for _, neighbours in touched:
         for other in neighbours:
-            other.meta["frozen"] = _FROZEN
+            facts.know(other, frozen=_FROZEN)
             settled = max(last[base] for base in memory[other])
             for reader in other.users:
                 if order[reader] <= settled or _may_alias(reader, modules):
-                    reader.meta["frozen"] = _FROZEN
+                    facts.know(reader, frozen=_FROZEN)
 
 
 def memory(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, set[Node]]:
@@ -229,7 +229,7 @@ def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
                 return bool(_arguments_written(node, node.target))
             if node.target in _OPERATORS:
                 # ``+=`` on sizes is plain arithmetic.
-                return node.args[0].meta.get("kind") != "other" if isinstance(node.args[0], Node) else False
+                return facts.of(node.args[0]).kind != "other" if isinstance(node.args[0], Node) else False
             if node.kwargs.get("out") is not None or facts.target_name(node) == "setitem":
                 return True
             name = getattr(node.target, "__name__", "")
@@ -240,7 +240,7 @@ def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 def _converts(node: Node) -> bool:
     """Whether the result in place is known to be of another type than it would be out of place."""
     kinds = [
-        source.meta.get("dtype", source.name if facts.target_name(source) in facts.CONVERSIONS else None)
+        facts.of(source).dtype or (source.name if facts.target_name(source) in facts.CONVERSIONS else None)
         for source in node.all_input_nodes
     ]
     return any(kind != kinds[0] for kind in kinds[1:])
@@ -359,8 +359,8 @@ def work_in_place(graph: Graph, modules: MutableMapping[str, Any]) -> None:
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
-        elif "in_place" in node.meta and _is_private(_first(node), modules):
-            node.target = node.meta["in_place"]
+        elif facts.of(node).in_place is not None and _is_private(_first(node), modules):
+            node.target = facts.of(node).in_place
         if facts.target_name(node) in _ACTIVATIONS and _is_private(_first(node), modules):
             _overwrite_input(node)
     for path, nodes in calls.items():
@@ -369,9 +369,12 @@ def work_in_place(graph: Graph, modules: MutableMapping[str, Any]) -> None:
         if type(modules[path]) is nn.GELU:  # which has no in-place form, as its function has none
             for node in nodes:
                 node.op, node.target = "call_function", GELU_
-                node.kwargs = {} if modules[path].approximate == "none" else {"approximate": modules[path].approximate}
+                how = modules[path].approximate
+                node.kwargs = {} if how == "none" else {"approximate": how}
             del modules[path]
-        elif isinstance(modules[path], _ACTIVATION_LAYERS) or all("in_place" in node.meta for node in nodes):
+        elif isinstance(modules[path], _ACTIVATION_LAYERS) or all(
+            facts.of(node).in_place is not None for node in nodes
+        ):
             _set_in_place(path, modules, True)
 
 
@@ -381,7 +384,7 @@ def _first(node: Node) -> Any:
 
 def _is_private(value: Any, modules: Mapping[str, Any]) -> bool:
     """Whether a value lies in memory of its own, for one reader, and gradients do not need it."""
-    if not isinstance(value, Node) or len(value.users) != 1 or "frozen" in value.meta:
+    if not isinstance(value, Node) or len(value.users) != 1 or facts.of(value).frozen is not None:
         return False
     if value.op == "call_module":
         module = modules[str(value.target)]

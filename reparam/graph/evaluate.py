@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from reparam.algebra.operators import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
 from reparam.errors import VerificationError
+from reparam.graph import facts
 from reparam.graph.depthwise import ByTap
 from reparam.modes import below
 
@@ -28,7 +29,7 @@ def seeded() -> torch.Generator:
 def random_inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
     """Random float64 inputs of small, odd sizes that reach every border, and every phase of a stride."""
     generator = seeded()
-    rank = source.meta.get("rank")
+    rank = facts.of(source).rank
     match operator:
         case Conv() if operator.dimensions == 0:
             shapes = [(*(range(2, 2 + (rank or 2) - 1)), operator.in_channels)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -85,6 +86,73 @@ _LIKE = frozenset("view_as reshape_as expand_as type_as".split())
 _METADATA_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda requires_grad layout is_sparse names".split())
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a node, and of its value. None is not known, or none.
+
+    Attributes:
+        scope: Path of the module that it ran in.
+        kind: Whether its value is a tensor.
+        rank: How many axes it has.
+        shape: Its shape in the example.
+        dtype: Its type in the example.
+        floating: Whether it is of floating point.
+        device: Where an input lies.
+        example: The shape of a floating-point tensor, or a number, as any example would show it.
+        channels: How many channels it has, and their axis counted from the end.
+        axes: Where the axes of the node's first input go (:class:`reparam.graph.views.Axes`).
+        layer: Whether a layer settles its channels.
+        keeps_shape: Whether it has the shape of the node's first input.
+        frozen: Why no rule may touch it.
+        in_place: What the node called before it was made out of place.
+        origins: Paths of the modules whose parameters went into it.
+        calls: What it is made of, to tell two uses of the same layers from two different ones.
+        around: The innermost module around all that a rewrite made it of.
+        precision: The type that its layer computes in.
+        made: Whether a reader of another format makes it, and knows its channels.
+    """
+
+    scope: str = ""
+    kind: Kind | None = None
+    rank: int | None = None
+    shape: tuple[Any, ...] | None = None
+    dtype: torch.dtype | None = None
+    floating: bool | None = None
+    device: torch.device | None = None
+    example: Any = None
+    channels: tuple[int, int] | None = None
+    axes: Any = None
+    layer: bool = False
+    keeps_shape: bool = False
+    frozen: str | None = None
+    in_place: Any = None
+    origins: frozenset[str] | None = None
+    calls: tuple[str, ...] | None = None
+    around: str | None = None
+    precision: torch.dtype | None = None
+    made: bool = False
+
+    def only(self, *names: str) -> dict[str, Any]:
+        """Some of it."""
+        return {name: getattr(self, name) for name in names}
+
+
+_NOTHING = Facts()
+
+
+def of(node: Node) -> Facts:
+    """What is known of a node."""
+    found: Facts = node.meta.get("facts", _NOTHING)
+    return found
+
+
+def know(node: Node, **known: Any) -> None:
+    """Write down more, or something else, of a node. Copies of a node share the record, so it is never changed."""
+    made = object.__new__(Facts)
+    made.__dict__.update(of(node).__dict__, **known)
+    node.meta["facts"] = made
+
+
 def is_python(function: Any) -> bool:
     """Whether a function is one of Python's own, which makes numbers of numbers."""
     return getattr(function, "__module__", None) in ("math", "builtins")
@@ -138,7 +206,7 @@ def kind(node: Node, module: nn.Module | None = None) -> Kind:
     name = target_name(node)
     if reads_only_metadata(node) or name in _SEVERAL:
         return "other"
-    inputs = [source.meta.get("kind", "unknown") for source in node.all_input_nodes]
+    inputs = [(of(source).kind or "unknown") for source in node.all_input_nodes]
     if node.target is operator.getitem:
         source = node.args[0]
         if isinstance(source, Node) and target_name(source) in _SEVERAL:
@@ -175,7 +243,7 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
         module: The module that a ``call_module`` node calls.
     """
     first = node.args[0] if node.args else None
-    known: int | None = first.meta.get("rank") if isinstance(first, Node) else None
+    known: int | None = of(first).rank if isinstance(first, Node) else None
     if node.op == "call_module":
         return _module_rank(module, known)
     if node.op not in ("call_function", "call_method"):
@@ -184,7 +252,7 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
     if name in _CONV_FUNCTIONS:
         return _CONV_FUNCTIONS[name]
     if name in ARITHMETIC:
-        ranks: list[Any] = [v.meta.get("rank") for v in node.all_input_nodes if v.meta.get("kind") != "other"]
+        ranks: list[Any] = [of(v).rank for v in node.all_input_nodes if of(v).kind != "other"]
         return None if None in ranks or not ranks else max(ranks)
     if name in _KEEP_RANK:
         return known
@@ -204,9 +272,9 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
         case "expand" | "repeat" | "tile" if all(type(size) is int or isinstance(size, Node) for size in node.args[1:]):
             return len(node.args) - 1 if name != "tile" and len(node.args) > 2 else None
         case "reshape_as" | "view_as" | "expand_as" if len(node.args) > 1 and isinstance(node.args[1], Node):
-            return node.args[1].meta.get("rank")
+            return of(node.args[1]).rank
         case "matmul" | "bmm" | "baddbmm":
-            ranks = [source.meta.get("rank") for source in node.all_input_nodes]
+            ranks = [of(source).rank for source in node.all_input_nodes]
             return None if None in ranks or min(ranks) < 2 else max(ranks)
         case "scaled_dot_product_attention":
             return known
@@ -218,7 +286,7 @@ def rank(node: Node, module: nn.Module | None = None) -> int | None:
             return None if known is None else known + 1
         case "cat" | "concat" | "stack":
             items = first if isinstance(first, (tuple, list)) else ()
-            ranks = [item.meta.get("rank") for item in items if isinstance(item, Node)]
+            ranks = [of(item).rank for item in items if isinstance(item, Node)]
             alike = next((own for own in ranks if own is not None), None)
             return None if alike is None else alike + (name == "stack")
         case "getitem":
@@ -304,7 +372,7 @@ def _indexed(node: Node, known: int | None) -> int | None:
     source, index = node.args
     if isinstance(source, Node) and target_name(source) in ("chunk", "split", "split_with_sizes", "tensor_split"):
         return known
-    if known is None or not isinstance(source, Node) or source.meta.get("kind") != "tensor":
+    if known is None or not isinstance(source, Node) or of(source).kind != "tensor":
         return None
     items = indices(index, known)
     return None if items is None else sum(type(item) is not int for item in items)
@@ -339,8 +407,8 @@ def is_floating(node: Node) -> bool:
     name = target_name(node)
     if node.op == "call_module" or name in CONVERSIONS:
         return True
-    tensors = [source for source in node.all_input_nodes if source.meta.get("kind") == "tensor"]
-    return name not in _INTEGERS and (not tensors or any(source.meta.get("floating", True) for source in tensors))
+    tensors = [source for source in node.all_input_nodes if of(source).kind == "tensor"]
+    return name not in _INTEGERS and (not tensors or any(of(source).floating is not False for source in tensors))
 
 
 def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> None:
@@ -354,13 +422,13 @@ def settle_inputs(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> No
     settle_ranks(nodes, modules)
     live = _live(nodes)
     for node in nodes:
-        if node.op == "placeholder" and "dtype" not in node.meta:
+        if node.op == "placeholder" and of(node).dtype is None:
             divided = any(target_name(reader) in _DIVISIONS for reader in _readers(node, live, _is_sum))
             index = any(_looks_up(reader, modules) for reader in _readers(node, live, _is_arithmetic))
             read_by_layer = any(is_layer(reader, modules) for reader in node.users if reader in live)
-            node.meta["floating"] = read_by_layer or not (divided or index)
-        elif node.op in ("call_function", "call_method") and "dtype" not in node.meta:
-            node.meta["floating"] = is_floating(node)
+            know(node, floating=read_by_layer or not (divided or index))
+        elif node.op in ("call_function", "call_method") and of(node).dtype is None:
+            know(node, floating=is_floating(node))
 
 
 def is_layer(node: Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -374,11 +442,11 @@ def settle_ranks(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> Non
     """Ranks of values as their readers have them, and of what depends on them, where they were not known."""
     for node in nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if node.meta.get("rank") is None and node.op.startswith("call"):
-            node.meta["rank"] = rank(node, module)
-        if node.meta.get("rank") is None and node.meta.get("kind") != "other" and node.op != "get_attr":
+        if of(node).rank is None and node.op.startswith("call"):
+            know(node, rank=rank(node, module))
+        if of(node).rank is None and of(node).kind != "other" and node.op != "get_attr":
             readers = [_rank_read(reader, modules) for reader in node.users if reader.args[:1] == (node,)]
-            node.meta["rank"] = next(filter(None, readers), None)
+            know(node, rank=next(filter(None, readers), None))
 
 
 def _rank_read(reader: Node, modules: Mapping[str, nn.Module]) -> int | None:
@@ -433,40 +501,41 @@ def _looks_up(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def keeps_shape(node: Node) -> bool:
     """Whether a node is known to return its first input's shape."""
-    return (node.op != "call_module" and target_name(node) in _KEEP_SHAPE) or "keeps_shape" in node.meta
+    return (node.op != "call_module" and target_name(node) in _KEEP_SHAPE) or of(node).keeps_shape
 
 
 def note(node: Node, module: nn.Module | None = None) -> None:
-    """Write what is known of a node's value into its ``meta``."""
-    meta = node.meta
-    meta.setdefault("kind", kind(node, module))
-    if meta.get("rank") is None:
-        meta["rank"] = rank(node, module)
-    meta.setdefault("floating", is_floating(node))
+    """Write down what is known of a node's value."""
+    known = of(node)
+    if known.kind is None:
+        know(node, kind=kind(node, module))
+    if known.rank is None:
+        know(node, rank=rank(node, module))
+    if known.floating is None:
+        know(node, floating=is_floating(node))
     if module is not None:
-        made = channels(module, meta["rank"]) if _is_leaf(module) else None
+        made = channels(module, of(node).rank) if _is_leaf(module) else None
         if made is not None:
-            meta["channels"] = made
-            meta["layer"] = True
+            know(node, channels=made, layer=True)
         if isinstance(module, _KEEP_SHAPE_MODULES):
-            meta["keeps_shape"] = True
+            know(node, keeps_shape=True)
 
 
 def note_example(node: Node, value: object) -> None:
-    """Write an example of a node's value into its ``meta``: the shape of a tensor, and anything else as it is."""
+    """Write down an example of a node's value: the shape of a tensor, and anything else as it is."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
-            node.meta["example"] = value.shape
+            know(node, example=value.shape)
     elif isinstance(value, (int, float, torch.Size)):
         # A shape would be taken for that of a tensor.
-        node.meta["example"] = tuple(value) if isinstance(value, torch.Size) else value
+        know(node, example=tuple(value) if isinstance(value, torch.Size) else value)
 
 
 def note_value(node: Node, value: object) -> None:
-    """Write what an example shows of a node's value into its ``meta``."""
+    """Write down what an example shows of a node's value."""
     if isinstance(value, torch.Tensor):
-        node.meta.update(kind="tensor", rank=value.dim(), shape=tuple(value.shape))
-        node.meta.update(floating=value.is_floating_point(), dtype=value.dtype)
+        know(node, kind="tensor", rank=value.dim(), shape=tuple(value.shape))
+        know(node, floating=value.is_floating_point(), dtype=value.dtype)
     else:
         # What a container holds is not known before it is taken out.
-        node.meta["kind"] = "unknown" if isinstance(value, (dict, list, tuple)) else "other"
+        know(node, kind="unknown" if isinstance(value, (dict, list, tuple)) else "other")

@@ -63,7 +63,7 @@ class Graph:
 
     def shape(self, node: Node) -> tuple[int, ...] | None:
         """The shape that a value had in the example, or None when there is none."""
-        shape = node.meta.get("shape")
+        shape = facts.of(node).shape
         return None if shape is None else tuple(shape)
 
     def readers(self, node: Node) -> list[Node]:
@@ -115,7 +115,7 @@ class Graph:
         """
         if self._views is None:  # no rewrite makes any
             self._views = [n for n in self.fx.nodes if n.op == "call_method" and n.target in ("view", "view_as")]
-        written = [view for view in self._views if "frozen" in view.meta]
+        written = [view for view in self._views if facts.of(view).frozen is not None]
         if self._views and self.may_change_between(norm, norm, next(iter(reversed(self.fx.nodes)))):
             written.append(self._views[-1])
         last = next((view for view in reversed(written) if norm < view), None)
@@ -144,7 +144,7 @@ class Graph:
 
     def path(self, node: Node) -> str:
         """The module path that a remark about ``node`` names."""
-        return str(node.target) if node.op == "call_module" else str(node.meta.get("scope", ""))
+        return str(node.target) if node.op == "call_module" else facts.of(node).scope
 
     def __str__(self) -> str:
         return text(self)
@@ -161,15 +161,14 @@ def describe(node: Node) -> str:
         return str(node.target)
     if node.op in ("placeholder", "output"):
         return f"the input {node.target}" if node.op == "placeholder" else "the output"
-    where = node.meta.get("scope")
+    where = facts.of(node).scope
     name = facts.target_name(node) or str(node.name)
     return f"{name} in {where}" if where else name
 
 
 def origins(node: Node) -> frozenset[str]:
     """Paths of the modules whose parameters went into a node."""
-    if "origins" in node.meta:
-        found: frozenset[str] = node.meta["origins"]
+    if (found := facts.of(node).origins) is not None:
         return found
     if node.op == "call_module":
         return frozenset([str(node.target)])
@@ -180,8 +179,7 @@ def origins(node: Node) -> frozenset[str]:
 
 def calls(node: Node) -> tuple[str, ...]:
     """What a node is made of, to tell two uses of the same layers from two different ones."""
-    if "calls" in node.meta:
-        found: tuple[str, ...] = node.meta["calls"]
+    if (found := facts.of(node).calls) is not None:
         return found
     constants = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
     called = node.target if node.op == "call_module" else facts.target_name(node)

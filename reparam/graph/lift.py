@@ -85,7 +85,7 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
     """
     if isinstance(node.target, Operator):
         return node.target
-    if "frozen" in node.meta:
+    if facts.of(node).frozen is not None:
         return None
     try:
         match node.op:
@@ -222,7 +222,7 @@ def _norm_axis(cls: type, x: Any) -> int:
 
 def _second_axis(x: Any) -> int:
     """Axis 1, counted from the end."""
-    rank = x.meta.get("rank") if isinstance(x, Node) else None
+    rank = facts.of(x).rank if isinstance(x, Node) else None
     if rank is None:
         raise AlgebraError("it works along axis 1 of an input of unknown rank; pass example_inputs")
     return 1 - int(rank)
@@ -455,9 +455,10 @@ def _(input: Any, pad: Any, mode: str = "constant", value: float | None = None) 
 @register(operator.getitem)
 def _(x: Any, index: Any) -> Operator | None:
     """Slices of the axes after the batch: a crop, a stride, or both."""
-    if not _is_linear_in(x) or x.meta.get("kind") != "tensor" or not isinstance(x.meta.get("rank"), int):
+    rank = facts.of(x).rank if _is_linear_in(x) and facts.of(x).kind == "tensor" else None
+    if rank is None:
         return None
-    items = facts.indices(index, x.meta["rank"]) or []
+    items = facts.indices(index, rank) or []
     slices = [item for item in items if isinstance(item, slice)]
     if not slices or len(slices) < len(items) or slices[0] != slice(None):
         return None
@@ -489,7 +490,7 @@ def _is_linear_in(x: Any) -> TypeGuard[Node]:
 
     An integer becomes a float on the way (``image / 255``), which no convolution can take in.
     """
-    return isinstance(x, Node) and x.meta.get("kind") != "other" and bool(x.meta.get("floating", True))
+    return isinstance(x, Node) and facts.of(x).kind != "other" and facts.of(x).floating is not False
 
 
 def _number(value: Any) -> float | None:
@@ -513,7 +514,7 @@ def _vector(constant: Tensor, x: Node) -> tuple[Tensor, int | None, bool]:
     Raises:
         AlgebraError: It varies along several axes, or adds axes to ``x``.
     """
-    rank = x.meta.get("rank")
+    rank = facts.of(x).rank
     if not constant.is_floating_point():
         raise AlgebraError("the constant is not of floating-point numbers")
     shape = tuple(constant.shape)
@@ -526,7 +527,7 @@ def _vector(constant: Tensor, x: Node) -> tuple[Tensor, int | None, bool]:
         raise AlgebraError("the constant may add axes to its input, whose rank is unknown; pass example_inputs")
     if not axes:
         return constant.reshape(1), None, False
-    known = x.meta.get("shape")
+    known = facts.of(x).shape
     channels = known[axes[0]] if known is not None and len(known) >= -axes[0] else _channels(x, axes[0])
     return constant.flatten(), axes[0], channels != shape[axes[0]]
 
@@ -534,8 +535,7 @@ def _vector(constant: Tensor, x: Node) -> tuple[Tensor, int | None, bool]:
 def _channels(x: Node | None, axis: int) -> int | None:
     """Number of channels of a value along an axis, when the layer that made it shows it."""
     while x is not None:
-        if "channels" in x.meta:
-            known: tuple[int, int] = x.meta["channels"]
+        if (known := facts.of(x).channels) is not None:
             return known[0] if known[1] == axis else None
         source = x.args[0] if x.args and facts.keeps_shape(x) else None
         x = source if isinstance(source, Node) else None

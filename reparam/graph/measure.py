@@ -74,8 +74,8 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
     if name in _NORM_FUNCTIONS:
         return ["norms"]
     if name in _ELEMENTWISE:
-        return ["elementwise"] if node.meta.get("kind") != "other" else []
-    return [] if name in _FREE_FUNCTIONS or node.meta.get("kind") == "other" else ["other"]
+        return ["elementwise"] if facts.of(node).kind != "other" else []
+    return [] if name in _FREE_FUNCTIONS or facts.of(node).kind == "other" else ["other"]
 
 
 def kinds_inside(module: nn.Module, replaced: Mapping[nn.Module, Kinds]) -> list[str]:

@@ -97,7 +97,7 @@ class Part:
 
 
 def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
-    """Write into every node's ``meta`` where the ``axes`` of its first input go, and how many ``channels`` it has.
+    """Write down for every node where the ``axes`` of its first input go, and how many ``channels`` it has.
 
     Args:
         nodes: In the order in which they run; their ranks are as well known as they will be.
@@ -105,25 +105,25 @@ def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
     """
     for node in nodes:
         found = _axes(node, modules)
-        if found is not None and node.meta.get("rank") is None:
-            node.meta["rank"] = found.out_rank
+        if found is not None and facts.of(node).rank is None:
+            facts.know(node, rank=found.out_rank)
         # An example may show that a squeeze does nothing, say.
-        node.meta["axes"] = found if found is not None and node.meta["rank"] == found.out_rank else None
-        if "channels" not in node.meta:
+        facts.know(node, axes=found if found is not None and facts.of(node).rank == found.out_rank else None)
+        if facts.of(node).channels is None:
             known = _inherited_channels(node) or facts.channels_read(node, modules)
             if known is not None:
-                node.meta["channels"] = known
+                facts.know(node, channels=known)
 
 
 def axes(node: Node) -> Axes | None:
     """Where the axes of a node's first input go, or None when that is not known."""
-    known: Axes | None = node.meta.get("axes")
-    return None if "frozen" in node.meta else known
+    known: Axes | None = facts.of(node).axes
+    return None if facts.of(node).frozen is not None else known
 
 
 def multiplies(node: Node) -> bool:
     """Whether a node is a matrix product of several values, which is linear in each of them."""
-    if node.op not in ("call_function", "call_method") or "frozen" in node.meta or node.kwargs:
+    if node.op not in ("call_function", "call_method") or facts.of(node).frozen is not None or node.kwargs:
         return False
     factors = {argument for argument in node.args if isinstance(argument, Node)}
     return facts.target_name(node) in _PRODUCTS and len(factors) == len(node.all_input_nodes) > 1
@@ -136,12 +136,12 @@ def separates(node: Node) -> bool:
 
 def part(node: Node) -> Part | None:
     """What a node takes of another value; None when it is no part of one, or not known which."""
-    if node.target is not operator.getitem or "frozen" in node.meta or not isinstance(node.args[0], Node):
+    if node.target is not operator.getitem or facts.of(node).frozen is not None or not isinstance(node.args[0], Node):
         return None
     reader = node.args[0] if separates(node.args[0]) else node
     whole = reader.args[0] if reader.args else None
-    rank = whole.meta.get("rank") if isinstance(whole, Node) else None
-    if not isinstance(whole, Node) or rank is None or "frozen" in reader.meta:
+    rank = facts.of(whole).rank if isinstance(whole, Node) else None
+    if not isinstance(whole, Node) or rank is None or facts.of(reader).frozen is not None:
         return None
     if reader is node:
         return _indexed_part(node, whole, rank)
@@ -159,7 +159,7 @@ def part(node: Node) -> Part | None:
 
 def _indexed_part(node: Node, whole: Node, rank: int) -> Part | None:
     """What one number, or one slice without a step, takes."""
-    items = facts.indices(node.args[1], rank) if whole.meta.get("kind") == "tensor" else None
+    items = facts.indices(node.args[1], rank) if facts.of(whole).kind == "tensor" else None
     cut = [i for i, item in enumerate(items or ()) if item != slice(None)]
     if items is None or len(cut) != 1 or len(items) != rank:
         return None
@@ -201,11 +201,11 @@ def concatenation(node: Node) -> tuple[list[Node], int]:
     Raises:
         AlgebraError: They are not known.
     """
-    arguments, rank = facts.Arguments(node), node.meta.get("rank")
+    arguments, rank = facts.Arguments(node), facts.of(node).rank
     parts, dim = arguments.get(0, "tensors", None), arguments.get(1, "dim", 0)
     if not isinstance(parts, (tuple, list)) or not all(isinstance(part, Node) for part in parts):
         raise AlgebraError("what is concatenated is not known")
-    if rank is None or type(dim) is not int or "frozen" in node.meta:
+    if rank is None or type(dim) is not int or facts.of(node).frozen is not None:
         raise AlgebraError("the axis of a concatenation is not known")
     return list(parts), dim % rank - rank
 
@@ -213,7 +213,7 @@ def concatenation(node: Node) -> tuple[list[Node], int]:
 def _inherited_channels(node: Node) -> tuple[int, int] | None:
     """The channels' number and axis where no layer makes them: a view, a pool, a sum, a concatenation."""
     name = facts.target_name(node)
-    known = [source.meta.get("channels") for source in node.all_input_nodes]
+    known = [facts.of(source).channels for source in node.all_input_nodes]
     if concatenates(node):
         try:
             parts, along = concatenation(node)
@@ -238,9 +238,9 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
 
 def _axes(node: Node, modules: Mapping[str, Any]) -> Axes | None:
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or "frozen" in node.meta:
+    if not isinstance(source, Node) or facts.of(node).frozen is not None:
         return None
-    rank = source.meta.get("rank")
+    rank = facts.of(source).rank
     if rank is None:
         return None
     match node.target:
@@ -391,7 +391,7 @@ def _positions(dims: Any, rank: int) -> set[int]:
 def _squeeze(node: Node, source: Node, rank: int, dims: Any) -> Axes | None:
     """torch squeezes an axis only when its size is one: it must be, or have been in an example."""
     gone = _positions(dims, rank)
-    if node.meta.get("rank") != rank - len(gone) and not all(_is_one(source, axis) for axis in gone):
+    if facts.of(node).rank != rank - len(gone) and not all(_is_one(source, axis) for axis in gone):
         return None
     return _reduce(rank, dims, False)
 
@@ -402,7 +402,7 @@ def _is_one(node: Node, axis: int) -> bool:
     if not isinstance(found, tuple):
         return found == 1
     made, axis = found
-    name, arguments, rank = facts.target_name(made), facts.Arguments(made), made.meta.get("rank")
+    name, arguments, rank = facts.target_name(made), facts.Arguments(made), facts.of(made).rank
     if rank is None or made.op not in ("call_function", "call_method"):
         return False
     if name in _REDUCTIONS and arguments.get(2, "keepdim", False) is True:
@@ -414,7 +414,7 @@ def _is_one(node: Node, axis: int) -> bool:
 def _index(source: Node, rank: int, index: Any) -> Axes | None:
     """Slices, numbers, None and the ellipsis; an axis that is cut or gone is no longer what it was."""
     items = facts.indices(index, rank)
-    if source.meta.get("kind") != "tensor" or items is None:
+    if facts.of(source).kind != "tensor" or items is None:
         return None
     to: list[int | None] = []
     position = 0
@@ -459,7 +459,7 @@ def _new_sizes(node: Node, name: str) -> list[Size] | None:
     """The sizes that a reshape asks for; None for one that is worked out."""
     if name.endswith("_as"):
         other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
-        rank = other.meta.get("rank") if isinstance(other, Node) else None
+        rank = facts.of(other).rank if isinstance(other, Node) else None
         return None if rank is None else [size(other, axis) for axis in range(rank)]  # type: ignore[arg-type]
     wanted = _wanted_sizes(node)
     return None if wanted is None else [_size_of(item) for item in wanted]
@@ -487,7 +487,7 @@ def _size_of(item: Any) -> Size:
     if not isinstance(item, Node):
         return None
     value, axis = _read_size(item)
-    rank = value.meta.get("rank") if value is not None else None
+    rank = facts.of(value).rank if value is not None else None
     if value is None or rank is None or not -rank <= axis < rank:
         return None
     return size(value, axis % rank)
@@ -509,14 +509,14 @@ def _read_size(item: Node) -> tuple[Node | None, int]:
 def size(node: Node, axis: int) -> Size:
     """The size of an axis, counted from the front: a number when a layer shows it, else the value it comes from."""
     while True:
-        rank = node.meta.get("rank")
-        known = node.meta.get("channels")
+        rank = facts.of(node).rank
+        known = facts.of(node).channels
         if rank is not None and known is not None and known[1] + rank == axis:
             return int(known[0])
         source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if source is None or rank is None or source.meta.get("rank") is None:
+        if source is None or rank is None or facts.of(source).rank is None:
             return node, axis
-        if facts.keeps_shape(node) and source.meta["rank"] == rank:
+        if facts.keeps_shape(node) and facts.of(source).rank == rank:
             node = source
             continue
         moved = axes(node)
@@ -525,7 +525,10 @@ def size(node: Node, axis: int) -> Size:
                 return _asked_for(node, moved, axis) or (node, axis)
             node, axis = source, moved.to.index(axis)
         elif (
-            "layer" in node.meta and known is not None and source.meta["rank"] == rank and (axis == 0 or known[1] == -1)
+            facts.of(node).layer
+            and known is not None
+            and facts.of(source).rank == rank
+            and (axis == 0 or known[1] == -1)
         ):
             # A convolution keeps the batch, a matrix product all axes but the last.
             node = source
@@ -536,17 +539,15 @@ def size(node: Node, axis: int) -> Size:
 def origins(node: Node, axis: int) -> list[tuple[Node, int]] | None:
     """The axes of its inputs that the size of a result's axis is computed from, beside numbers that it is given; None
     when that is not known, and it may be all of them."""
-    moved, known, rank = axes(node), node.meta.get("channels"), node.meta.get("rank")
+    moved, known, rank = axes(node), facts.of(node).channels, facts.of(node).rank
     name, sources = facts.target_name(node), node.all_input_nodes
     if rank is not None and (name in facts.ARITHMETIC or concatenates(node)):
-        tensors = [source for source in sources if source.meta.get("kind") != "other"]
-        if any(source.meta.get("rank") is None for source in tensors):
-            return None
-        found = [(source, axis - rank + source.meta["rank"]) for source in tensors]
-        return [item for item in found if item[1] >= 0]
+        ranks = {source: facts.of(source).rank for source in sources if facts.of(source).kind != "other"}
+        found = [(source, axis - rank + own) for source, own in ranks.items() if own is not None]
+        return [item for item in found if item[1] >= 0] if len(found) == len(ranks) else None
     if moved is not None and moved.merged is not None and axis == moved.merged[2]:
         return [(sources[0], part) for part in range(moved.merged[0], moved.merged[1] + 1)]
-    layer = "layer" in node.meta and known is not None and known[1] != -1 and axis > 1  # a convolution
+    layer = facts.of(node).layer and known is not None and known[1] != -1 and axis > 1  # a convolution
     kept = moved is not None and moved.rank == moved.out_rank and all(to in (None, i) for i, to in enumerate(moved.to))
     return [(sources[0], axis)] if layer or (kept and name != "getitem" and name not in _RESHAPES) else None
 
@@ -569,9 +570,9 @@ def _asked_for(node: Node, moved: Axes, axis: int) -> int | None:
 
 def channels(node: Node, axis: int) -> int | None:
     """Number of channels of a value along an axis counted from the end, when the layer that made it shows it."""
-    rank = node.meta.get("rank")
+    rank = facts.of(node).rank
     if rank is None:
-        known = node.meta.get("channels")
+        known = facts.of(node).channels
         return known[0] if known is not None and known[1] == axis else None
     found = size(node, axis + rank) if 0 <= axis + rank < rank else None
     return found if isinstance(found, int) else None

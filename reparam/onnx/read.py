@@ -14,11 +14,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.fx
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from reparam.algebra.operators import ChannelAffine, Conv, ConvTranspose
-from reparam.graph import facts, graph, lift, views
+from reparam.graph import facts, lift, views
+from reparam.graph.graph import Graph
 from reparam.onnx import operators
 from reparam.onnx.constants import Constants, has_subgraph, is_standard
 from reparam.onnx.shapes import Known
@@ -60,7 +62,7 @@ class Read:
         remarks: What could not be read, and why.
     """
 
-    graph: graph.Graph
+    graph: Graph
     values: dict[Node, ir.Value] = field(default_factory=dict)
     nodes: dict[Node, ir.Node] = field(default_factory=dict)
     links: dict[Node, list[tuple[int, int | ir.Value]]] = field(default_factory=dict)
@@ -117,11 +119,11 @@ class Reader:
         self.model = model
         self.constants = Constants(model, {name: of.dtype for name, of in known.items()})
         self._known = known
-        self._fx = Graph()
+        self._fx = torch.fx.Graph()
         self._modules: dict[str, nn.Module] = {"": _Holder()}
         self._nodes: dict[ir.Value, Node] = {}
         self._made = 0
-        self.result = Read(graph.Graph(self._fx, self._modules))
+        self.result = Read(Graph(self._fx, self._modules))
 
     def read(self) -> Read:
         """The whole graph."""
@@ -163,8 +165,8 @@ class Reader:
     def size(self, x: Node, axis: int) -> Node:
         """``x.shape[axis]``."""
         node = self._fx.call_method("size", (x, axis))
-        example = x.meta.get("example")
-        node.meta |= {"kind": "other", "scope": ""} | ({} if example is None else {"example": example[axis]})
+        example = facts.of(x).example
+        facts.know(node, kind="other", example=None if example is None else example[axis])
         return node
 
     def sizes(self, value: ir.Value) -> list[int | Node] | None:
@@ -210,10 +212,10 @@ class Reader:
 
     def _item(self, sizes: Node, index: int) -> Node:
         node = self._fx.call_function(operator.getitem, (sizes, index))
-        example = sizes.meta.get("example")
-        node.meta |= {"kind": "other", "scope": ""}
+        example = facts.of(sizes).example
+        facts.know(node, kind="other")
         if isinstance(example, tuple) and not isinstance(example, torch.Size):
-            node.meta["example"] = example[index]
+            facts.know(node, example=example[index])
         return node
 
     # Building.
@@ -231,24 +233,24 @@ class Reader:
         holder = self._modules.setdefault(owner, _Holder())
         holder.__dict__[name] = tensor
         node = self._fx.create_node("get_attr", f"{owner}.{name}" if owner else name)
-        node.meta |= {"scope": "", "rank": tensor.dim(), "shape": tuple(tensor.shape), "kind": "tensor"}
-        node.meta["floating"] = tensor.is_floating_point()
+        facts.know(node, rank=tensor.dim(), shape=tuple(tensor.shape), kind="tensor")
+        facts.know(node, floating=tensor.is_floating_point())
         return node
 
     def _note(self, value: ir.Value, node: Node) -> None:
         """Write what is known of a value into the node that makes it."""
-        known, meta = self.known(value), node.meta
-        meta.setdefault("scope", "")
-        meta.update(kind="tensor", floating=known.dtype is None or known.dtype.is_floating_point)
+        known = self.known(value)
+        facts.know(node, kind="tensor", floating=known.dtype is None or known.dtype.is_floating_point)
         if known.dtype is not None:
-            self.result.dtypes[node] = meta["dtype"] = known.dtype
+            self.result.dtypes[node] = known.dtype
+            facts.know(node, dtype=known.dtype)
         if known.shape is not None:
-            meta.update(rank=len(known.shape), shape=known.shape)
+            facts.know(node, rank=len(known.shape), shape=known.shape)
             # Of values without a layer that shows them, the channels lie where images and features have them.
-            if len(known.shape) in (2, 4, 5) and known.shape[1] is not None and "made" not in meta:
-                meta["channels"] = known.shape[1], 1 - len(known.shape)
-        if known.example is not None and meta["floating"]:
-            meta["example"] = torch.Size(known.example)
+            if len(known.shape) in (2, 4, 5) and known.shape[1] is not None and not facts.of(node).made:
+                facts.know(node, channels=(known.shape[1], 1 - len(known.shape)))
+        if known.example is not None and facts.of(node).floating:
+            facts.know(node, example=torch.Size(known.example))
         self._nodes[value] = node
         self.result.values[node] = value
 
@@ -266,13 +268,13 @@ class Reader:
         else:
             name = getattr(found.function, "__name__", node.op_type.lower())
             made = self._fx.create_node("call_function", found.function, found.args, name=name)
-        made.meta["scope"] = label
+        facts.know(made, scope=label)
         self._link(made, node, outside)
         if len(node.outputs) > 1 and found is None:
-            made.meta["kind"] = "unknown"
+            facts.know(made, kind="unknown")
             for index, output in enumerate(node.outputs):
                 item = self._fx.call_function(operator.getitem, (made, index))
-                item.meta["scope"] = label
+                facts.know(item, scope=label)
                 self._note(output, item)
             return None
         if node.outputs:
@@ -296,37 +298,35 @@ class Reader:
         return operators.said(operators.Call(node, self, opset))
 
     def _note_result(self, node: ir.Node, made: Node, found: operators.Said | None) -> None:
-        meta = made.meta
         if found is not None and operators.is_operator(found.function):
             owner = str(node.inputs[1].name if node.inputs[1] is not None else "").rpartition(".")[0]
-            meta["origins"] = frozenset([owner] if owner else [])
+            facts.know(made, origins=frozenset([owner] if owner else []))
         if found is not None:
-            meta["made"] = True
+            facts.know(made, made=True)
         self._note(node.outputs[0], made)
-        meta.pop("made", None)
+        facts.know(made, made=False)
         if found is None:
             if is_standard(node, *_KEEP_SHAPE):
-                meta["keeps_shape"] = True
-                meta.pop("channels", None)  # they are those of its input
+                facts.know(made, keeps_shape=True, channels=None)  # they are those of its input
             return
-        if meta.get("rank") is None:
-            meta["rank"] = facts.rank(made)
+        if facts.of(made).rank is None:
+            facts.know(made, rank=facts.rank(made))
         operator = lift.lift(made, self._modules)
         match operator:
             case Conv() | ConvTranspose():
-                meta.update(channels=(operator.out_channels, operator.axis), layer=True)
+                facts.know(made, channels=(operator.out_channels, operator.axis), layer=True)
             case ChannelAffine() if operator.axis is not None and not operator.may_expand:
-                meta.update(channels=(len(operator.scale), operator.axis), layer=True)
+                facts.know(made, channels=(len(operator.scale), operator.axis), layer=True)
 
     def _shape(self, node: ir.Node, label: str) -> None:
         """``x.shape``: it reads no numbers, so it stands in nobody's way."""
         source = node.inputs[0]
         assert source is not None
         made = self._fx.call_function(getattr, (self._nodes[source], "shape"))
-        made.meta |= {"kind": "other", "scope": label}
+        facts.know(made, kind="other", scope=label)
         example = self.known(source).example
         if example is not None:
-            made.meta["example"] = example
+            facts.know(made, example=example)
         self._link(made, node, [])
         self._nodes[node.outputs[0]] = made
         self.result.values[made] = node.outputs[0]

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from reparam.algebra.operators import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
+from reparam.graph import facts
 from reparam.graph.graph import origins
 from reparam.onnx.constants import DTYPES
 from reparam.onnx.read import Read, graphs_of, leaves
@@ -57,7 +58,7 @@ class _Writer:
                 self._outputs(node)
             elif node in self.read.nodes:
                 self._relink(node, self.read.nodes[node])
-            elif node.op == "call_function" and node not in self.read.values and node.meta.get("kind") != "other":
+            elif node.op == "call_function" and node not in self.read.values and facts.of(node).kind != "other":
                 self._new(node)
         for cast, like in self.read.casts.items():
             if like._erased and like in self.read.dtypes:
@@ -112,10 +113,10 @@ class _Writer:
         sources = [self.read.values[leaf] for leaf in leaves(node)]
         dtype = next((self.read.dtypes[leaf] for leaf in leaves(node) if leaf in self.read.dtypes), torch.float32)
         self.read.dtypes[node] = dtype
-        replaced = self.read.labels[node.meta["scope"]]
+        replaced = self.read.labels[facts.of(node).scope]
         emit = _Emission(self, node, replaced, dtype)
         if isinstance(target, Operator):
-            value = emit.operator(target, sources[0], node.all_input_nodes[0].meta.get("rank"))
+            value = emit.operator(target, sources[0], facts.of(node.all_input_nodes[0]).rank)
         elif target in (operator.add, operator.sub):
             value = emit.node("Add" if target is operator.add else "Sub", sources)
         elif target is operator.mul:

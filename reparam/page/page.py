@@ -30,7 +30,7 @@ from reparam.compare import as_call
 from reparam.deploy.model import graph_of
 from reparam.errors import ReparamError
 from reparam.files.checkpoint import first_line
-from reparam.graph import measure
+from reparam.graph import facts, measure
 from reparam.graph.graph import Graph
 from reparam.page import drawing
 from reparam.page.drawing import Diagram
@@ -234,8 +234,8 @@ class _Part:
 
 
 def _scope(node: Node) -> str:
-    scope = node.meta.get("scope")
-    return str(node.target if scope is None and node.op == "call_module" else scope or "")
+    is_known = facts.of(node) != facts.Facts()
+    return facts.of(node).scope if is_known or node.op != "call_module" else str(node.target)
 
 
 def _is_within(path: str, outer: str) -> bool:

@@ -25,6 +25,7 @@ from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import lift, resolve
 from reparam.report import Remark
 from reparam.rewrite import certify
+from reparam.rewrite.edit import Editor
 from reparam.rewrite.rule import Apply, Rewrite
 
 # What a border may differ by from what the operator makes of zeros, in units in the last place of the largest number:
@@ -54,14 +55,14 @@ def read(fx: FxGraph, modules: Mapping[str, nn.Module]) -> list[Remark]:
             remarks.append(Remark("fused", "Border", graph.path(inner), message))
             for write in writes:
                 fx.erase_node(write)
-            graph._apply(Rewrite(((padded, Apply(bordered, graph.source(inner), ((1.0, padded),))),), message))
+            Editor(graph).apply(Rewrite(((padded, Apply(bordered, graph.source(inner), ((1.0, padded),))),), message))
     return remarks
 
 
 def _bordered(graph: Graph, padded: Any, writes: Sequence[Node]) -> Conv | None:
     """What ``padded``, once the writes are done, is of what the operator before it reads; None when it is no such."""
     pad = lift(padded, graph.modules) if isinstance(padded, Node) else None
-    rank = padded.meta.get("rank") if isinstance(padded, Node) else None
+    rank = facts.of(padded).rank if isinstance(padded, Node) else None
     if not isinstance(pad, Pad) or pad.mode != ZEROS or rank is None or not _surround(pad, writes, rank):
         return None
     # The border is written before anybody reads it, and nobody reads what it was put around.
@@ -100,7 +101,7 @@ def _surround(pad: Pad, writes: Sequence[Node], rank: int) -> bool:
         for side, amount in enumerate(pair)
         if amount
     }
-    if any(write.users or "frozen" in write.meta for write in writes) or min(left.values(), default=0) <= 0:
+    if any(write.users or facts.of(write).frozen is not None for write in writes) or min(left.values(), default=0) <= 0:
         return False
     for write in writes:
         items = facts.indices(write.args[1], rank) or []

@@ -18,6 +18,7 @@ from torch.fx import Node
 from reparam.algebra.operators import AnyConv, Operator, Pad
 from reparam.compare import magnitude_of, relative_error
 from reparam.errors import VerificationError, first_line
+from reparam.graph import facts
 from reparam.graph.evaluate import evaluate, in_double, random_inputs, seeded
 from reparam.graph.graph import Graph
 from reparam.report import Comparison
@@ -103,11 +104,11 @@ def _environments(graph: Graph, rewrite: Rewrite) -> Iterator[dict[Node, Any]]:
     }  # in a fixed order
     read = sorted(node for node in outside if node.op != "get_attr")
     generator = seeded()
-    if all("example" in node.meta for node in read):
-        yield {node: _like_example(node.meta["example"], generator) for node in read}
+    if all(facts.of(node).example is not None for node in read):
+        yield {node: _like_example(facts.of(node).example, generator) for node in read}
         return
     sources = {apply.source: apply.operator for apply in applies(rewrite)}
-    tensors = [node for node in read if node.meta.get("kind") != "other"]
+    tensors = [node for node in read if facts.of(node).kind != "other"]
     if len(tensors) > 1 and len(sources) == 1:
         # What else is read may be made of that alone: queries and keys of the same projection.
         tensors = list(sources)
@@ -143,7 +144,7 @@ def _check_addition(graph: Graph, node: Node, value: Any, where: str, rule: str)
     operator = graph.op(node)
     # torch reflects and replicates the last axes of batches only.
     usual = len(operator.padding) + 2 if isinstance(operator, Pad) else 4
-    shape = (2, 3, 4, 5, 6)[: node.meta.get("rank") or usual]
+    shape = (2, 3, 4, 5, 6)[: facts.of(node).rank or usual]
     env: dict[Node, Any] = {}
     for _, leaf in leaves:
         env.setdefault(leaf, torch.randn(shape, dtype=torch.float64, generator=generator))

@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from reparam.algebra.operators import ChannelAffine
 from reparam.errors import RewriteError
-from reparam.graph import measure
+from reparam.graph import facts, measure
 from reparam.graph.graph import Graph, describe, moves
 from reparam.graph.lift import Refusal
 from reparam.report import Remark
@@ -169,8 +169,8 @@ def _why_norm_stays(graph: Graph, node: Node) -> str | None:
         case ChannelAffine():
             readers = " and ".join(dict.fromkeys(describe(reader) for reader in graph.readers(node)))
             return f"nothing linear stands next to it: it reads {describe(graph.source(node))}, read by {readers}"
-    if "frozen" in node.meta:
-        return str(node.meta["frozen"])
+    if facts.of(node).frozen is not None:
+        return str(facts.of(node).frozen)
     if graph.is_opaque(node):
         return "it is inside a module that could not be traced"
     return "it normalises with statistics of its input, which no constant can replace"
@@ -194,14 +194,14 @@ def _perform(editor: Editor, rule: Rule, change: Rewrite, outcome: Outcome) -> l
         span = ".".join(_shared([path.split(".") for path in around]))
         outcome.spans.add(span)
         for node in new:
-            node.meta["around"] = span
+            facts.know(node, around=span)
     return new
 
 
 def _around(node: Node) -> str:
     """Path of the innermost module around a node."""
-    if "around" in node.meta or node.op != "call_module":
-        return str(node.meta.get("around", node.meta.get("scope", "")))
+    if facts.of(node).around is not None or node.op != "call_module":
+        return facts.of(node).scope if facts.of(node).around is None else str(facts.of(node).around)
     return str(node.target).rpartition(".")[0]
 
 

@@ -48,13 +48,13 @@ class Editor:
 
     def _thaw(self) -> bool:
         """Look again at memory that is written to under several names, some of which may be gone."""
-        frozen = [node for node in self.graph.fx.nodes if node.meta.get("frozen", aliasing.OUTSIDE) != aliasing.OUTSIDE]
+        frozen = [node for node in self.graph.fx.nodes if facts.of(node).frozen not in (None, aliasing.OUTSIDE)]
         if not frozen:
             return False
         for node in frozen:
-            del node.meta["frozen"]
+            facts.know(node, frozen=None)
         aliasing.make_out_of_place(self.graph.fx, self.graph.modules)
-        if all("frozen" in node.meta for node in frozen):
+        if all(facts.of(node).frozen is not None for node in frozen):
             return False
         self.graph.forget()
         self.remove_unused()
@@ -80,7 +80,7 @@ class Editor:
         with self.graph.fx.inserting_before(anchor):
             name = _NAMES[type(value.operator)]
             node = self.graph.fx.create_node("call_function", value.operator, (value.source,), {}, name)
-        node.meta = _merged_meta([*region, *value.also], value.operator, replaced)
+        facts.know(node, **_merged([*region, *value.also], value.operator, replaced))
         return node
 
     def _materialise_slice(self, value: Slice, replaced: Node) -> tuple[Node, list[Node]]:
@@ -88,13 +88,12 @@ class Editor:
         whole = next((user for user in value.whole.source.users if user.target is value.whole.operator), None)
         if whole is None:
             whole = self._materialise_apply(value.whole, replaced)
-            for name in ("shape", "example"):  # those of a slice
-                whole.meta.pop(name, None)
+            facts.know(whole, shape=None, example=None)  # those of a slice
             made.append(whole)
         with self.graph.fx.inserting_after(whole):
             node = self.graph.fx.call_function(torch.narrow, (whole, value.axis, value.start, value.length))
-        node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank", "shape", "example")}
-        node.meta |= {"origins": frozenset(), "channels": (value.length, value.axis)}
+        known = facts.of(replaced).only("scope", "kind", "rank", "shape", "example")
+        facts.know(node, **known, origins=frozenset(), channels=(value.length, value.axis))
         return node, [*made, node]
 
     def _materialise_add(self, value: Add, replaced: Node) -> tuple[Node, list[Node]]:
@@ -109,9 +108,7 @@ class Editor:
 
         def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
             node = self.graph.fx.call_function(function, args, kwargs)
-            node.meta = {k: v for k, v in replaced.meta.items() if k in ("scope", "kind", "rank", "example")} | {
-                "origins": frozenset()
-            }
+            facts.know(node, **facts.of(replaced).only("scope", "kind", "rank", "example"), origins=frozenset())
             made.append(node)
             return node
 
@@ -157,7 +154,7 @@ class Editor:
             return
         self._layouts_free = True
         for node in self.graph.fx.nodes:
-            if node.op == "call_method" and node.target in ("view", "view_as") and "frozen" not in node.meta:
+            if node.op == "call_method" and node.target in ("view", "view_as") and facts.of(node).frozen is None:
                 node.target = str(node.target).replace("view", "reshape")
 
     def _twins(self, node: Node, value: Expression) -> dict[Node, Operator | None]:
@@ -221,22 +218,20 @@ def _region(terms: Iterable[Node], source: Node) -> list[Node]:
 
 def _known(node: Node) -> tuple[object, ...]:
     """What is known of a value."""
-    return tuple(node.meta.get(name) for name in ("rank", "axes", "channels"))
+    return tuple(facts.of(node).only("rank", "axes", "channels").values())
 
 
-def _merged_meta(region: Sequence[Node], operator: Operator, replaced: Node) -> dict[str, Any]:
-    meta: dict[str, Any] = {
-        "scope": replaced.meta.get("scope", ""),
+def _merged(region: Sequence[Node], operator: Operator, replaced: Node) -> dict[str, Any]:
+    """What is known of an operator that takes the place of several nodes."""
+    known = facts.of(replaced).only("scope", "rank", "shape", "example") | {
         "kind": "tensor",
-        "rank": replaced.meta.get("rank"),
         "origins": frozenset().union(*(origins(node) for node in region)),
         "calls": tuple(call for node in region for call in calls(node)),
     }
-    meta |= {name: replaced.meta[name] for name in ("shape", "example") if name in replaced.meta}
     match operator:
         case Conv() | ConvTranspose():
-            meta |= {"channels": (operator.out_channels, operator.axis), "layer": True}
-            meta["rank"] = meta["rank"] or (operator.dimensions + 2 if operator.dimensions else None)
+            known |= {"channels": (operator.out_channels, operator.axis), "layer": True}
+            known["rank"] = known["rank"] or (operator.dimensions + 2 if operator.dimensions else None)
         case ChannelAffine():
-            meta["keeps_shape"] = not operator.may_expand
-    return meta
+            known["keeps_shape"] = not operator.may_expand
+    return known

@@ -249,7 +249,7 @@ def _unmerged(node: Node, source: Node, moved: views.Axes, affine: ChannelAffine
 
 def _only_axis(moved: views.Axes, source: Node, count: int) -> int | None:
     """The channels' axis among axes that become one of ``count`` numbers, when the channels are all of these."""
-    known: tuple[int, int] | None = source.meta.get("channels")
+    known: tuple[int, int] | None = facts.of(source).channels
     assert moved.merged is not None
     first, last, _ = moved.merged
     if known is None or known[0] != count or not first <= known[1] + moved.rank <= last:

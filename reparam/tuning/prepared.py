@@ -58,7 +58,7 @@ def activation_of(node: Node, module: nn.Module | None) -> str | None:
         node: A node of a graph that reads one value.
         module: The module that it calls, if it calls one.
     """
-    if "frozen" in node.meta or len(node.args) != 1:
+    if facts.of(node).frozen is not None or len(node.args) != 1:
         return None
     if node.op == "call_module":
         if type(module) is nn.GELU:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from reparam.graph import aliasing
+from reparam.graph import aliasing, facts
 from reparam.tuning.prepared import activation_of, can_be_prepared, prepared
 
 
@@ -132,7 +132,7 @@ def _lay_out(graph: Graph, used: dict[str, Any], shapes: Mapping[str, torch.Size
                 image = graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
             image.meta = dict(node.meta)
             node.replace_all_uses_with(image, delete_user_cb=lambda user, image=image: user is not image)
-        elif node.op == "call_method" and node.target in ("view", "view_as") and "frozen" not in node.meta:
+        elif node.op == "call_method" and node.target in ("view", "view_as") and facts.of(node).frozen is None:
             node.target = str(node.target).replace("view", "reshape")
 
 

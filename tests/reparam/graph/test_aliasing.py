@@ -117,7 +117,7 @@ def test_safe(forward: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("forward", FROZEN)
 def test_frozen(forward: Callable[..., Any]) -> None:
     graph = check(forward, frozen=1)
-    assert any("frozen" in node.meta for node in graph.graph.nodes)
+    assert any(facts.of(node).frozen is not None for node in graph.graph.nodes)
 
 
 def test_a_shared_layer_is_in_place_only_in_the_call_that_has_to_be() -> None:

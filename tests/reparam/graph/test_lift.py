@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, Pad
 from reparam.capture import capture
 from reparam.compare import compare
+from reparam.graph import facts
 from reparam.graph import lift as lifting
 from reparam.graph.lift import Refusal, Sum, lift
 from support import randomise
@@ -181,8 +182,7 @@ def test_refusals_say_why(model: nn.Module, reason: str) -> None:
 def test_a_norm_of_unknown_rank_is_refused() -> None:
     captured = capture(nn.Sequential(nn.BatchNorm1d(4)))
     for node in captured.graph.nodes:  # as in a graph that was not recorded
-        node.meta.pop("rank", None)
-        node.meta.pop("operator", None)
+        facts.know(node, rank=None)
     refusal = lift(captured.graph.output_node().args[0], captured.modules)
     assert refusal == Refusal("it works along axis 1 of an input of unknown rank; pass example_inputs")
 

@@ -14,7 +14,7 @@ from networks import graph_of, model, normal, one_and_a_half
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.graph import views
+from reparam.graph import facts, views
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -169,7 +169,7 @@ def graph_with_shapes(net: nn.Module, example: Tensor | None):
                         values[node] = getattr(values[first], node.target)(*rest)
                     case _:
                         continue
-                node.meta["rank"] = values[node].dim()
+                facts.know(node, rank=values[node].dim())
         views.settle(graph.fx.nodes, graph.modules)
     return graph
 
@@ -217,8 +217,7 @@ def test_rank_that_is_not_known():
     net = model(lambda s, x: F.relu(x).flatten(1))
     graph = graph_of(net, IMAGE)
     for node in graph.fx.nodes:  # as in a graph that was not recorded
-        node.meta.pop("rank", None)
-        node.meta.pop("axes", None)
+        facts.know(node, rank=None, axes=None)
     views.settle(graph.fx.nodes, graph.modules)
     (output,) = (node for node in graph.fx.nodes if node.op == "output")
     assert views.axes(output.args[0]) is None
