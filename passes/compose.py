@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from reparam.algebra.kernels import kernels_of
-from reparam.algebra.operators import Operator, compose
+from reparam.algebra import Operator, compose
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.rewrite.rule import Apply, Missed, Rewrite, Rule
@@ -49,7 +48,7 @@ class Compose(Rule):
             fused = compose(outer, inner)
         except AlgebraError as reason:
             return Missed(str(reason))
-        if kernels_of(fused) > graph.kernels(node) + graph.kernels(source):
+        if fused.kernels > graph.kernels(node) + graph.kernels(source):
             return Missed("one operator would launch more kernels")
         value = Apply(fused, graph.source(source), ((1.0, node),))
         return Rewrite(((node, value),), f"folded {describe(node)} into {describe(source)}")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, ChannelAffine
+from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.passes.compose import Compose

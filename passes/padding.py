@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra.kernels import kernels_of
-from reparam.algebra.operators import AveragePool, Conv, Operator, Pad, compose
+from reparam.algebra import AveragePool, Conv, Operator, Pad, compose
 from reparam.graph.graph import Graph
 from reparam.passes.compose import Compose
 
@@ -33,4 +32,4 @@ class CropAfterConv(Compose):
         """A crop is a view, which costs less than a padding of its own."""
         kernels = graph.kernels(node) + graph.kernels(graph.source(node))
         fused = compose(outer, inner)
-        return "the convolution would need a padding of its own" if kernels_of(fused) >= kernels else None
+        return "the convolution would need a padding of its own" if fused.kernels >= kernels else None

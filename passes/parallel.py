@@ -8,8 +8,8 @@ from functools import reduce
 
 from torch.fx import Node
 
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.algebra.cost import Choice
-from reparam.algebra.operators import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import Sum
@@ -168,7 +168,7 @@ def _size(term: _Term) -> int:
 def _value(cluster: list[_Term], graph: Graph) -> list[tuple[float, Node | Apply]]:
     if len(cluster) == 1 or all(term.is_bare for term in cluster):
         return [(term.coefficient, term.node) for term in cluster]
-    operator = parallel([_scaled(_whole(term, graph), term.coefficient) for term in cluster])
+    operator = parallel([_whole(term, graph).scaled(term.coefficient) for term in cluster])
     return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
 
 
@@ -177,10 +177,6 @@ def _whole(term: _Term, graph: Graph) -> Operator:
     if len(term.chain) < 2:
         return term.operator
     return reduce(compose, (_operator(node, graph) for node in term.chain))
-
-
-def _scaled(operator: Operator, factor: float) -> Operator:
-    return operator if isinstance(operator, Pad) else operator.scaled(factor)
 
 
 def _operator(node: Node, graph: Graph) -> Operator:

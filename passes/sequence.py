@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from reparam.algebra import AnyConv, AveragePool, Operator, compose
 from reparam.algebra.cost import Choice
-from reparam.algebra.operators import AnyConv, AveragePool, Operator, compose
 from reparam.graph.graph import Graph
 from reparam.passes.compose import Compose
 

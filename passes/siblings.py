@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from reparam.algebra import Conv, concatenate
 from reparam.algebra.cost import Choice
-from reparam.algebra.operators import Conv, concatenate
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.rewrite.rule import Apply, Missed, Rewrite, Rule, Slice

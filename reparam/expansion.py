@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from reparam import compare
-from reparam.algebra.operators import Conv
+from reparam.algebra import Conv
 from reparam.compiler import CompiledModel, compile
 from reparam.errors import ReparamError, VerificationError
 from reparam.graph.graph import Graph
 from reparam.graph.leaves import carries_hooks
-from reparam.graph.text import operator_text
 from reparam.models import blocks
 from reparam.models.blocks import Builder
 
@@ -325,7 +324,7 @@ def _convolution(block: nn.Module, plain: nn.Conv2d, site: _Site) -> Conv:
                 f"the block for {site} is not one convolution; reparam.explain(block) says what keeps it from being one"
             )
     if conv.weight.shape != plain.weight.shape or (conv.groups, conv.stride) != (plain.groups, plain.stride):
-        raise ReparamError(f"the block for {site} compiles to {operator_text(conv)}, and not to {plain}")
+        raise ReparamError(f"the block for {site} compiles to {conv}, and not to {plain}")
     return conv
 
 

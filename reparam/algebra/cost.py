@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from reparam.algebra.kernels import kernels_of
-from reparam.algebra.operators import AnyConv, AveragePool, Conv, ConvTranspose, Operator
+from reparam.algebra import AnyConv, AveragePool, Conv, ConvTranspose, Operator
 
 # So much more may be computed, plus so many multiply-adds per output number and kernel saved: about what it costs to
 # write a feature map and to read it again.
@@ -83,7 +82,7 @@ class Choice:
     @property
     def saved(self) -> int:
         """Kernels that are no longer launched."""
-        return self.kernels - kernels_of(self.merged)
+        return self.kernels - self.merged.kernels
 
     @property
     def apart(self) -> float:

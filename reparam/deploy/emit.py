@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from reparam.algebra.kernels import padding_before
-from reparam.algebra.operators import ZEROS, AnyConv, ChannelAffine, Operator, Pad
+from reparam.algebra import ZEROS, AnyConv, ChannelAffine, Operator, Pad
 from reparam.deploy.layers import layer
 from reparam.deploy.naming import Names, permitted
 from reparam.graph import facts
@@ -63,7 +62,7 @@ def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> 
             path = shared[key] = names.take(node)
             used[path] = layer(operator, dtype)
         source = graph.source(node)
-        padding = padding_before(operator)
+        padding = operator.padding_before
         if padding is not None:
             source = _pad_before(graph, node, padding)
         with graph.fx.inserting_before(node):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.algebra.kernels import as_layer, own_padding, padding_before
-from reparam.algebra.operators import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
 from reparam.graph.affine import Affine
 
@@ -30,14 +29,14 @@ def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
     def kernel(operator: Conv) -> nn.Parameter:
         return nn.Parameter(operator.rounded(dtype), requires_grad=False)
 
-    operator = as_layer(operator)
+    operator = operator.as_layer() if isinstance(operator, Conv) else operator
     match operator:
         case Conv() if operator.dimensions == 0:
             dense = operator.regroup(1)
             made = _bare(nn.Linear, dense.in_channels, dense.out_channels, dense.bias is not None)
             made.weight, made.bias = kernel(dense), cast(dense.bias)
         case Conv():
-            padding = own_padding(operator)
+            padding = operator.layer_padding
             made = _bare(
                 _CONV_LAYERS[operator.dimensions],
                 operator.in_channels,
@@ -95,7 +94,7 @@ def layers(operator: Operator, dtype: torch.dtype) -> list[nn.Module]:
     """An operator as layers to run one after the other, a padding of its own included; see :func:`layer`."""
     if isinstance(operator, Pad | AveragePool):
         return [_Called(operator)]
-    padding = padding_before(operator)
+    padding = operator.padding_before
     return [*([] if padding is None else [_Called(padding)]), layer(operator, dtype)]
 
 

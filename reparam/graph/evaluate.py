@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
+from reparam.algebra import Operator
 from reparam.errors import VerificationError
 from reparam.graph import facts
 from reparam.graph.depthwise import ByTap
@@ -29,45 +29,8 @@ def seeded() -> torch.Generator:
 def random_inputs(operator: Operator, source: Node) -> Iterator[Tensor]:
     """Random float64 inputs of small, odd sizes that reach every border, and every phase of a stride."""
     generator = seeded()
-    rank = facts.of(source).rank
-    match operator:
-        case Conv() if operator.dimensions == 0:
-            shapes = [(*(range(2, 2 + (rank or 2) - 1)), operator.in_channels)]
-        case Conv():
-            least = [
-                max(extent + 1 - min(0, pad[0]) - min(0, pad[1]), *pad) + 2 * stride + 1 + axis
-                for axis, (extent, pad, stride) in enumerate(
-                    zip(operator.extent, operator.padding, operator.stride, strict=True)
-                )
-            ]
-            phases = max(operator.stride)
-            shapes = [(1, operator.in_channels, *(size + phase for size in least)) for phase in range(min(phases, 3))]
-        case ConvTranspose():
-            axes = list(zip(operator.growth, operator.extent, operator.stride, strict=True))
-            # One position is enough for the smallest; in the larger one, an output is far from both borders.
-            least = [1 + max(0, -(-growth // stride)) for growth, _, stride in axes]
-            roomy = [
-                n + 2 * (extent // stride + 1) + axis
-                for axis, (n, (_, extent, stride)) in enumerate(zip(least, axes, strict=True))
-            ]
-            shapes = [(1, operator.in_channels, *sizes) for sizes in (least, roomy)]
-        case ChannelAffine() if operator.axis is not None:
-            rank = max(rank or 0, 1 - operator.axis)
-            sizes = list(range(2, 2 + rank))
-            sizes[operator.axis] = len(operator.scale)
-            shapes = [tuple(sizes)]
-        case ChannelAffine():
-            # The same everywhere, also because it might be a norm of a single channel.
-            shapes = [(2, 1, 3, 4, 5)[: rank or 4]]
-        case _:
-            shapes = [tuple(range(2, 2 + (rank or 4)))]
-    for shape in shapes:
-        x = torch.randn(shape, dtype=torch.float64, generator=generator)
-        yield x.to(operator.weight.device if isinstance(operator, AnyConv) else _device(operator))
-
-
-def _device(operator: Operator) -> torch.device:
-    return operator.scale.device if isinstance(operator, ChannelAffine) else torch.device("cpu")
+    for shape in operator.shapes(facts.of(source).rank):
+        yield torch.randn(shape, dtype=torch.float64, generator=generator).to(operator.device)
 
 
 def evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[Node, Any] | None = None) -> Any:
@@ -108,7 +71,7 @@ def evaluate(graph: Graph, node: Node, env: dict[Node, Any], changed: Mapping[No
 
 def in_double(operator: Operator) -> Callable[[Any], Any]:
     """What an operator computes in float64."""
-    return _quickly(operator.double(), operator.groups) if isinstance(operator, AnyConv) else operator
+    return _quickly(operator.double(), getattr(operator, "groups", 1))
 
 
 def _quickly(function: Callable[..., Any], groups: int) -> Callable[..., Any]:

@@ -10,9 +10,8 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
+from reparam.algebra import ChannelAffine, Operator
 from reparam.algebra.cost import Cost
-from reparam.algebra.kernels import kernels_of
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.graph import facts, views
 from reparam.graph.leaves import is_opaque
 from reparam.graph.lift import Refusal, Sum, lift
@@ -127,18 +126,17 @@ class Graph:
 
     def lets_pass(self, node: Node) -> bool:
         """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
-        return isinstance(self.op(node), Sum) or views.concatenates(node) or moves(node)
+        operator = self.op(node)
+        passes = isinstance(operator, Sum) or (isinstance(operator, Operator) and operator.passes)
+        return passes or views.concatenates(node) or moves(node)
 
     def kernels(self, node: Node) -> int:
         """Kernels that ``node`` launches."""
         operator = self.op(node)
-        match operator:
-            case Conv() | Pad() | AveragePool() if facts.target_name(node) == "getitem":
-                return 0  # a view
-            case Conv() | ConvTranspose() | ChannelAffine() | Pad() | AveragePool():
-                return kernels_of(operator)
-            case Sum():
-                return max(1, len(operator.terms) - 1)
+        if isinstance(operator, Operator):
+            return 0 if facts.target_name(node) == "getitem" else operator.kernels  # a view
+        if isinstance(operator, Sum):
+            return max(1, len(operator.terms) - 1)
         is_free = node.op in ("placeholder", "get_attr", "output") or node.target is torch.narrow  # a view
         return 0 if is_free or facts.reads_only_metadata(node) else 1
 

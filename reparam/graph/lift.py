@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Linear, Operator, Pad
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Linear, Operator, Pad
 from reparam.errors import AlgebraError
 from reparam.graph import facts
 from reparam.graph.leaves import LIFTERS, carries_hooks, is_leaf, keeps, leaf_class

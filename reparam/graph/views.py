@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.fx import Node
 
-from reparam.algebra.operators import AveragePool, Pad
+from reparam.algebra import Operator
 from reparam.errors import AlgebraError
 from reparam.graph import facts
 from reparam.graph.leaves import carries_hooks, is_leaf
@@ -243,11 +243,9 @@ def _axes(node: Node, modules: Mapping[str, Any]) -> Axes | None:
     rank = facts.of(source).rank
     if rank is None:
         return None
-    match node.target:
-        case Pad(padding):
-            return _pad(rank, [amount for pair in reversed(padding) for amount in pair])
-        case AveragePool() as pool:
-            return _keeps_first_two(rank, pool.dimensions)
+    if isinstance(node.target, Operator):
+        to = node.target.axes(rank)
+        return None if to is None else Axes(rank, rank, to)
     if node.op == "call_module":
         return _of_module(node, modules[str(node.target)], source, rank)
     if node.op in ("call_function", "call_method"):

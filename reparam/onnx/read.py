@@ -18,7 +18,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra.operators import ChannelAffine, Conv, ConvTranspose
+from reparam.algebra import Operator
 from reparam.graph import facts, lift, views
 from reparam.graph.graph import Graph
 from reparam.onnx import operators
@@ -312,11 +312,8 @@ class Reader:
         if facts.of(made).rank is None:
             facts.know(made, rank=facts.rank(made))
         operator = lift.lift(made, self._modules)
-        match operator:
-            case Conv() | ConvTranspose():
-                facts.know(made, channels=(operator.out_channels, operator.axis), layer=True)
-            case ChannelAffine() if operator.axis is not None and not operator.may_expand:
-                facts.know(made, channels=(len(operator.scale), operator.axis), layer=True)
+        if isinstance(operator, Operator) and operator.makes is not None:
+            facts.know(made, channels=operator.makes, layer=True)
 
     def _shape(self, node: ir.Node, label: str) -> None:
         """``x.shape``: it reads no numbers, so it stands in nobody's way."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from reparam.algebra.operators import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
 from reparam.graph import facts
 from reparam.graph.graph import origins
@@ -211,6 +211,7 @@ class _Emission:
                 return self._pad(op, x, rank)
             case AveragePool():
                 return self._pool(op, x)
+        raise RewriteError(f"no operator of ONNX computes {op}")
 
     def _linear(self, op: Conv, x: ir.Value, rank: int | None) -> ir.Value:
         if rank == 2 and (op.bias is not None or self.writer.opset >= 11):

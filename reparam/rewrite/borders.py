@@ -18,7 +18,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
 from reparam import compare
-from reparam.algebra.operators import ZEROS, ChannelAffine, Conv, Pad
+from reparam.algebra import ZEROS, ChannelAffine, Conv, Pad, as_conv
 from reparam.errors import AlgebraError, VerificationError
 from reparam.graph import aliasing, evaluate, facts
 from reparam.graph.graph import Graph, describe
@@ -89,7 +89,7 @@ def _as_conv(node: Node, modules: Mapping[str, nn.Module]) -> Conv | None:
     """The operator of a node that makes new memory, as a convolution."""
     operator = lift(node, modules) if not aliasing.is_in_place(node, modules) else None
     if isinstance(operator, ChannelAffine) and operator.axis is not None and not operator.may_expand:
-        return operator.as_conv(len(operator.scale), -operator.axis - 1, device=operator.scale.device)
+        return as_conv(operator, len(operator.scale), -operator.axis - 1)
     return operator if isinstance(operator, Conv) else None
 
 

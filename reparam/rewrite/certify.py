@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, Operator, Pad
+from reparam.algebra import AnyConv, Operator, Pad
 from reparam.compare import magnitude_of, relative_error
 from reparam.errors import VerificationError, first_line
 from reparam.graph import facts

@@ -21,7 +21,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from reparam.algebra.operators import ChannelAffine
+from reparam.algebra import ChannelAffine
 from reparam.errors import RewriteError
 from reparam.graph import facts, measure
 from reparam.graph.graph import Graph, describe, moves

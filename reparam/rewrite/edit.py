@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra import Operator
 from reparam.graph import aliasing, facts, views
 from reparam.graph.graph import Graph, calls, origins
 from reparam.rewrite.rule import Add, Apply, Expression, Rewrite, Slice
-
-_NAMES = {Conv: "conv", ConvTranspose: "conv_transpose", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}
 
 
 @dataclass
@@ -78,8 +76,7 @@ class Editor:
         # Where the source is read first: there its value is what all of them read, and every user comes later.
         anchor = region[0] if region else replaced
         with self.graph.fx.inserting_before(anchor):
-            name = _NAMES[type(value.operator)]
-            node = self.graph.fx.create_node("call_function", value.operator, (value.source,), {}, name)
+            node = self.graph.fx.create_node("call_function", value.operator, (value.source,), {}, value.operator.name)
         facts.know(node, **_merged([*region, *value.also], value.operator, replaced))
         return node
 
@@ -228,10 +225,6 @@ def _merged(region: Sequence[Node], operator: Operator, replaced: Node) -> dict[
         "origins": frozenset().union(*(origins(node) for node in region)),
         "calls": tuple(call for node in region for call in calls(node)),
     }
-    match operator:
-        case Conv() | ConvTranspose():
-            known |= {"channels": (operator.out_channels, operator.axis), "layer": True}
-            known["rank"] = known["rank"] or (operator.dimensions + 2 if operator.dimensions else None)
-        case ChannelAffine():
-            known["keeps_shape"] = not operator.may_expand
-    return known
+    if operator.makes is not None:
+        known |= {"channels": operator.makes, "layer": True}
+    return known | {"rank": known["rank"] or operator.rank, "keeps_shape": operator.keeps_shape}

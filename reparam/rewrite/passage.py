@@ -12,7 +12,7 @@ what that would change. Nothing is computed twice: a value that somebody else re
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra.operators import ZEROS, AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, compose
 from reparam.errors import AlgebraError
 from reparam.graph import facts, views
 from reparam.graph.graph import Graph, describe
@@ -175,6 +175,8 @@ def _parts_backward(graph: Graph, node: Node, affine: ChannelAffine) -> Parts | 
         return _terms(operator, affine)
     if views.concatenates(node):
         return _concatenated(node, affine)
+    if isinstance(operator, Operator) and operator.passes:
+        return [(graph.source(node), _passing(node, operator.back, affine))]
     moved = views.axes(node)
     if moved is None:
         return None
@@ -191,6 +193,13 @@ def _parts_backward(graph: Graph, node: Node, affine: ChannelAffine) -> Parts | 
     if axis is None:
         raise AlgebraError(f"{describe(node)} mixes the channels with other axes")
     return [(source, replace(affine, axis=axis))]
+
+
+def _passing(node: Node, way: Callable[[ChannelAffine], ChannelAffine], affine: ChannelAffine) -> ChannelAffine:
+    try:
+        return way(affine)
+    except AlgebraError as reason:
+        raise AlgebraError(f"{describe(node)} {reason}") from None
 
 
 def _part(graph: Graph, node: Node, affine: ChannelAffine) -> views.Part | None:
@@ -261,22 +270,13 @@ def _check_values(graph: Graph, node: Node, affine: ChannelAffine) -> None:
     """Raise when a node does more than move values about, and what it does to them does not commute."""
     name = facts.target_name(node) if node.op != "call_module" else ""
     module = graph.modules.get(str(node.target)) if node.op == "call_module" else None
-    operator = graph.op(node)
     if name in _MAXIMA or isinstance(module, _MAXIMUM_LAYERS):
         if bool((affine.scale < 0).any()):
             raise AlgebraError(f"a negative scale turns the maxima of {describe(node)} into minima")
     elif name == "amin":
         raise AlgebraError("it is read by a minimum")
-    elif isinstance(operator, Pad) and operator.mode == ZEROS and operator.pads and operator.value != 0.0:
-        raise AlgebraError(f"{describe(node)} pads with {operator.value}, which the scale would not reach")
     elif affine.shift is None or not bool(affine.shift.any()):
         return
-    elif isinstance(operator, Pad):
-        if operator.mode == ZEROS and operator.pads:
-            raise AlgebraError(f"{describe(node)} pads with numbers that the shift would not reach")
-    elif isinstance(operator, AveragePool):
-        if any(operator.padding) or operator.divisor is not None:
-            raise AlgebraError(f"{describe(node)} pads with zeros, which the shift would not reach")
     elif name in _MEANS or isinstance(module, _MEAN_LAYERS):
         arguments = facts.Arguments(node)
         padding = getattr(module, "padding", 0) if module is not None else arguments.get(3, "padding", 0)
@@ -382,10 +382,13 @@ def _affine_forward(graph: Graph, node: Node, reader: Node, affine: ChannelAffin
     """The affine of a reader's output that equals one of its input; None when it lets none pass."""
     if views.concatenates(reader):
         return _beside(node, reader, affine)
+    operator = graph.op(reader)
+    if isinstance(operator, Operator) and operator.passes:
+        return _passing(reader, operator.forth, affine)
     moved = views.axes(reader)
     if moved is None or reader.args[0] is not node or reader.all_input_nodes.count(node) != 1:
         return None
-    if isinstance(graph.op(reader), Sum):
+    if isinstance(operator, Sum):
         return None
     _check_values(graph, reader, affine)
     if affine.axis is None:

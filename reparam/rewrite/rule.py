@@ -7,7 +7,7 @@ from typing import ClassVar, TypeAlias
 
 from torch.fx import Node
 
-from reparam.algebra.operators import Conv, Operator
+from reparam.algebra import Conv, Operator
 from reparam.graph.graph import Graph
 
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from reparam.algebra import AnyConv, Conv, Operator
 from reparam.algebra.cost import Choice, Cost
-from reparam.algebra.operators import AnyConv, Conv, Operator
 from reparam.compare import compare, run
 from reparam.deploy import layers
 from reparam.deploy.model import CompiledModel
 from reparam.errors import ReparamError, VerificationError, first_line
 from reparam.graph.graph import Graph
-from reparam.graph.text import operator_text, text
+from reparam.graph.text import text
 from reparam.report import Remark
 from reparam.timing import Duel, duel
 from reparam.tuning import variants
@@ -130,10 +130,10 @@ class Measured(Cost):
         return None if merged else f"{apart} are no slower than one: {times}"
 
     def _key(self, choice: Choice) -> str:
-        branches = [" after ".join(map(operator_text, branch)) or "identity" for branch in choice.branches]
+        branches = [" after ".join(map(str, branch)) or "identity" for branch in choice.branches]
         what = f"{choice.join} of {', '.join(branches)}" if len(branches) > 1 else branches[0]
         circumstances = _circumstances([choice.shape], self.dtype, self.device)
-        return f"{what} as {operator_text(choice.merged)}; {circumstances}; {self.variant}"
+        return f"{what} as {choice.merged}; {circumstances}; {self.variant}"
 
 
 def _is_doubtful(choice: Choice) -> bool:
@@ -188,8 +188,9 @@ class _Candidates:
     def _row(self, operators: Sequence[Operator]) -> nn.Sequential:
         """Operators in a row, the last one first, as layers."""
         rows = [layers.layers(_filled(operator), self.dtype) for operator in reversed(operators)]
-        layers = [variants.layer(self.variant, made.to(self.device)) for row in rows for made in row]
-        return nn.Sequential(*layers).eval()
+        return nn.Sequential(
+            *(variants.layer(self.variant, made.to(self.device)) for row in rows for made in row)
+        ).eval()
 
     def _run(self, function: Callable[[Tensor], object]) -> Run:
         assert self.choice.shape is not None

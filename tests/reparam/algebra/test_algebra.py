@@ -28,7 +28,7 @@ from strategies import random_tensor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, Linear, Operator, Pad, parallel
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Linear, Operator, Pad, as_conv, parallel
 from reparam.errors import AlgebraError
 
 Function = Callable[[Tensor], Tensor]
@@ -480,7 +480,7 @@ def test_affine_after_affine_and_beside_it(data: st.DataObject, channels: int, a
 @given(st.data(), st.integers(0, 3), st.sampled_from((1, 2, 5)))
 def test_affine_as_conv(data: st.DataObject, space: int, channels: int) -> None:
     affine = data.draw(strategies.affines(channels, -space - 1))
-    conv = combine(lambda a: a.as_conv(channels, space), affine)
+    conv = combine(lambda a: as_conv(a, channels, space), affine)
     assert isinstance(conv, Conv)
     assert conv.is_pointwise
     assert conv.groups == channels
@@ -517,7 +517,7 @@ def test_shift_before_zero_padding_is_refused(data: st.DataObject, space: int) -
     conv = data.draw(strategies.convs(space, padding=[(0, 0)] * (space - 1) + [sides]))
     norm = data.draw(strategies.affines(conv.in_channels, conv.axis, shift=True))
     refuses("shift before zero padding", Conv.after, conv, norm)
-    candidate = Taps.of(conv) @ Taps.of(norm.as_conv(conv.in_channels, space))
+    candidate = Taps.of(conv) @ Taps.of(as_conv(norm, conv.in_channels, space))
     xs = list(inputs(conv.in_channels, space, [conv], count=remainders(conv)))
     assert not holds_everywhere(candidate, chain(norm, conv), xs)
 
@@ -774,10 +774,7 @@ def test_a_sum_has_exactly_the_taps_that_its_terms_span(terms: list[Operator]) -
     fused = check_sum(terms)
     conv = next(term for term in terms if isinstance(term, Conv))
     channels, space = conv.in_channels, conv.dimensions
-    convs = [
-        term if isinstance(term, Conv) else term.as_conv(channels, space)  # type: ignore[union-attr]
-        for term in terms
-    ]
+    convs = [term if isinstance(term, Conv) else as_conv(term, channels, space) for term in terms]
     assert_spans(fused, {offset for term in convs for offset in Taps.of(term).matrices})
 
 
@@ -915,13 +912,13 @@ def test_scaled_pool(data: st.DataObject, space: int, factor: float) -> None:
     assert isinstance(scaled, AveragePool)
     for x in inputs(2, space, [pool], count=remainders(pool)):
         assert_same(scaled(x), factor * plain(pool, x))
-        assert_same(scaled.as_conv(2)(x), factor * plain(pool, x))
+        assert_same(as_conv(scaled, 2, pool.dimensions)(x), factor * plain(pool, x))
 
 
 @given(st.data(), strategies.dimensions)
 def test_pool_as_conv(data: st.DataObject, space: int) -> None:
     pool, channels = data.draw(strategies.pools(space)), data.draw(st.integers(1, 3))
-    conv = combine(lambda p: p.as_conv(channels), pool)
+    conv = combine(lambda p: as_conv(p, channels, pool.dimensions), pool)
     assert isinstance(conv, Conv)
     assert conv.groups == channels
     check(conv, chain(pool), channels, space, [pool])
@@ -1041,7 +1038,7 @@ def test_an_affine_that_broadcasts_the_output_is_refused() -> None:
     assert chain(conv, scale)(random_tensor((2, 2, 3), 0)).shape[1] == 4
     narrow = Conv(random_tensor((4, 1, 3), 0))
     refuses("1 channels are broadcast to 4", Conv.after, narrow, scale)
-    refuses("1 channels are broadcast to 4", scale.as_conv, 1, 1)
+    refuses("1 channels are broadcast to 4", as_conv, scale, 1, 1)
 
 
 @given(st.data(), strategies.dimensions)
@@ -1054,7 +1051,7 @@ def test_an_affine_of_another_axis_is_refused(data: st.DataObject, space: int) -
     norm = ChannelAffine(random_tensor((size,), 0), random_tensor((size,), 1), -space)
     refuses(f"along axis -{space}, not along the channels' axis -{space + 1}", Conv.then, conv, norm)
     refuses(f"along axis -{space}, not along the channels' axis -{space + 1}", Conv.after, conv, norm)
-    refuses("not along the channels' axis", norm.as_conv, size, space)
+    refuses("not along the channels' axis", as_conv, norm, size, space)
     x = random_tensor((2, size, *[size] * space), 0)
     moved = dataclasses.replace(norm, axis=conv.axis)
     one = Conv(torch.ones(size, 1, *[1] * space), groups=size)
@@ -1195,7 +1192,7 @@ def test_convolutions_that_do_not_follow_each_other_are_refused() -> None:
     image, line = Conv(random_tensor((2, 2, 1, 1), 0)), Conv(random_tensor((2, 2, 1), 0))
     refuses("a 1-d before a 2-d convolution", Conv.after, image, line)
     refuses("1 channels are broadcast to 2", Conv.after, line, Conv(random_tensor((1, 2, 1), 0)))
-    refuses("a 2-d pool is no 1-d convolution", AveragePool((2, 2), (2, 2), (0, 0)).as_conv, 3, 1)
+    refuses("a 2-d pool is no 1-d convolution", as_conv, AveragePool((2, 2), (2, 2), (0, 0)), 3, 1)
 
 
 def test_numbers_go_to_the_device_of_the_weights() -> None:
@@ -1217,8 +1214,8 @@ def test_numbers_go_to_the_device_of_the_weights() -> None:
         parallel([double, norm]),
         parallel([norm, double]),
         parallel([identity, double, conv, norm, pool]),
-        double.as_conv(4, 2, device=meta),
-        pool.as_conv(4, device=meta),
+        as_conv(double, 4, 2, meta),
+        as_conv(pool, 4, 2, meta),
     ]
     assert all(tensor.device == meta for tensor in tensors_of(*combined))
 
@@ -1261,7 +1258,7 @@ COMBINATIONS: dict[str, tuple[Callable[..., Operator], Callable[[int], list[Oper
     "after pad": (Conv.after, lambda n: [depthwise(n), Pad(((1, 1), (1, 1)))]),
     "after conv": (Conv.after, lambda n: [depthwise(n, pads=False), grouped(n)]),
     "affine after affine": (ChannelAffine.after, lambda n: [per_channel(n), per_channel(n)]),
-    "affine as conv": (lambda affine: affine.as_conv(len(affine.scale), 2), lambda n: [per_channel(n)]),
+    "affine as conv": (lambda affine: as_conv(affine, len(affine.scale), 2), lambda n: [per_channel(n)]),
     "parallel": (
         lambda *terms: parallel(terms),
         lambda n: [depthwise(n), depthwise(n, 1), grouped(n), per_channel(n), ChannelAffine.uniform(1.0), POOL_3X3],

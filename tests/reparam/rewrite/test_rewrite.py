@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 import reparam
-from reparam.algebra.operators import ChannelAffine, Conv
+from reparam.algebra import ChannelAffine, Conv
 from reparam.errors import ReparamError, RewriteError, VerificationError
 from reparam.report import Remark
 from reparam.rewrite.driver import Outcome, rewrite

@@ -1,17 +1,4 @@
-"""Linear operators on feature maps, and the exact ways in which they combine.
-
-Every operator here acts on an activation of shape ``(..., channels, *space)`` and is linear up to a constant:
-a convolution of any dimension, a transposed one, a matrix product on the last axis (a convolution without space), a
-per-channel scale and shift, a padding, an average pool. The combinators compute in float64 whatever precision the
-weights came in, and either return an operator that equals the combination for *every* input of every size, or raise
-:class:`~reparam.errors.AlgebraError` with the reason why there is none.
-
-A convolution is described by where its taps lie: output ``o`` reads input ``stride * o + offset`` for the offsets
-``dilation * j - before``, and ``before``, ``after`` is the padding on the two sides of an axis (negative values
-crop). Two convolutions are aligned by these offsets, not by the centres of their kernels, so even sizes, asymmetric
-paddings and shifted kernels need no special cases. A transposed convolution has the same offsets the other way round:
-input ``i`` writes to output ``stride * i + offset``.
-"""
+"""Convolutions and transposed ones, of any dimension, and what they are after other operators."""
 
 from __future__ import annotations
 
@@ -19,156 +6,31 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reparam.algebra.affine import ChannelAffine, add, refuse_expansion
+from reparam.algebra.lattice import Lattice, sum_lattice, within
+from reparam.algebra.operator import ZEROS, Ints, Operator, Padding, in_double
+from reparam.algebra.windows import Pad, flat_padding, padded, pads_text
 from reparam.errors import AlgebraError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Ints: TypeAlias = tuple[int, ...]
-Padding: TypeAlias = tuple[tuple[int, int], ...]
-ZEROS = "zeros"
-
 # Numbers that are worked on at once.
 _PIECE = 2**17
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
 # Relative to the largest term: what adding the same numbers in another order may change.
 _ROUNDING = 1e-13
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SPREAD: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64)
-
-
-def _flat_padding(padding: Padding) -> list[int]:
-    """``F.pad`` counts axes from the last to the first."""
-    return [amount for pair in reversed(padding) for amount in pair]
-
-
-def _pad(x: Tensor, padding: Padding, mode: str, value: float = 0.0) -> Tensor:
-    if not any(amount for pair in padding for amount in pair):
-        return x
-    if mode == ZEROS:
-        return F.pad(x, _flat_padding(padding), value=value)
-    return F.pad(x, _flat_padding(padding), mode=mode)
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelAffine:
-    """``scale * x + shift`` with one scale and shift a channel: a norm in eval mode, a layer scale, a constant.
-
-    Attributes:
-        scale: Shape ``(C,)``, or ``(1,)`` for one number for all channels.
-        shift: Shape of ``scale``, or None for none.
-        axis: The channels' axis, counted from the end (-1 for features, -3 for images); None when uniform.
-        may_expand: The input might have a single channel that this operator broadcasts to ``C``. Then it may
-            follow or stand beside an operator whose channels are known, but nothing may be moved before it.
-    """
-
-    scale: Tensor
-    shift: Tensor | None = None
-    axis: int | None = None
-    may_expand: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", _double(self.scale))
-        if self.shift is not None:
-            object.__setattr__(self, "shift", _double(self.shift))
-        if self.scale.numel() == 1:
-            object.__setattr__(self, "axis", None)
-            object.__setattr__(self, "may_expand", False)
-
-    @staticmethod
-    def uniform(scale: float, shift: float = 0.0, *, device: torch.device | None = None) -> ChannelAffine:
-        """``scale * x + shift`` with the same two numbers everywhere."""
-
-        def vector(number: float) -> Tensor:
-            return torch.tensor([number], dtype=torch.float64, device=device)
-
-        return ChannelAffine(vector(scale), vector(shift) if shift else None)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether this operator is there only to return its input."""
-        return self.axis is None and self.shift is None and self.scale.item() == 1.0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``scale * x + shift``."""
-        shape = [-1] + [1] * (0 if self.axis is None else -self.axis - 1)
-        scaled = x * self.scale.view(shape)
-        return scaled if self.shift is None else scaled + self.shift.view(shape)
-
-    def on(self, channels: int, axis: int | None, device: torch.device | None) -> tuple[Tensor, Tensor | None]:
-        """Scale of shape ``(channels,)`` along ``axis``, and the shift likewise; uniform ones move to ``device``.
-
-        Raises:
-            AlgebraError: This operator works along another axis or on another number of channels.
-        """
-        if self.axis is None:
-            shift = None if self.shift is None else self.shift.to(device).expand(channels)
-            return self.scale.to(device).expand(channels), shift
-        if self.axis != axis:
-            raise AlgebraError(f"it works along axis {self.axis}, not along the channels' axis {axis}")
-        if len(self.scale) != channels:
-            raise AlgebraError(f"{channels} channels are broadcast to {len(self.scale)}")
-        return self.scale, self.shift
-
-    def scaled(self, factor: float) -> ChannelAffine:
-        """``factor * self(x)``."""
-        return replace(self, scale=factor * self.scale, shift=None if self.shift is None else factor * self.shift)
-
-    def after(self, inner: ChannelAffine) -> ChannelAffine:
-        """``self(inner(x)) = (s s') x + (s t' + t)``.
-
-        Raises:
-            AlgebraError: The two work along different axes.
-        """
-        (s, t), (s_in, t_in), axis = _on_common_channels(self, inner)
-        return ChannelAffine(s * s_in, _add(None if t_in is None else s * t_in, t), axis)
-
-    def as_conv(self, channels: int, dimensions: int, *, device: torch.device | None = None) -> Conv:
-        """This operator, on an input of ``channels`` channels, as a depthwise convolution with a single tap.
-
-        Raises:
-            AlgebraError: It works along another axis or on another number of channels.
-        """
-        scale, shift = self.on(channels, -dimensions - 1, device)
-        return Conv(scale.reshape(channels, *[1] * (dimensions + 1)), shift, groups=channels)
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Sum of two vectors that may be absent."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-def _refuse_expansion(*affines: ChannelAffine) -> None:
-    if any(affine.may_expand for affine in affines):
-        raise AlgebraError("the input might have one channel, which the constant would broadcast")
-
-
-def _on_common_channels(
-    a: ChannelAffine, b: ChannelAffine
-) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None], int | None]:
-    _refuse_expansion(a, b)
-    lead = b if a.axis is None else a
-    channels, axis, device = len(lead.scale), lead.axis, lead.scale.device
-    return a.on(channels, axis, device), b.on(channels, axis, device), axis
-
-
-@dataclass(frozen=True, eq=False)
-class Weighted:
+class Weighted(Operator):
     """What a convolution and a transposed one share: weights at taps, over the last ``dimensions`` axes.
 
     The channels are on the axis before those. The taps of an axis lie at ``dilation * j - before``.
@@ -197,7 +59,7 @@ class Weighted:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", self.weight.detach())
         if self.bias is not None:
-            object.__setattr__(self, "bias", _double(self.bias))
+            object.__setattr__(self, "bias", in_double(self.bias))
         space = self.weight.dim() - 2
         for name, default in (("stride", 1), ("dilation", 1), ("padding", (0, 0))):
             if not getattr(self, name):
@@ -211,7 +73,7 @@ class Weighted:
         if self.terms:
             return self._summed().kernel
         if self.gain is None:
-            return _double(self.weight)
+            return in_double(self.weight)
         kernel = self.weight.to(torch.float64, copy=True)
         return kernel.mul_(self.gain.view(-1, *[1] * (kernel.dim() - 1)))
 
@@ -226,12 +88,37 @@ class Weighted:
         rows = max(1, _PIECE * len(made) // made.numel())
         gain = self.gain.view(-1, *[1] * (made.dim() - 1))
         for piece, weight, factor in zip(made.split(rows), self.weight.split(rows), gain.split(rows), strict=True):
-            piece.copy_(_double(weight) * factor)
+            piece.copy_(in_double(weight) * factor)
         return made
 
     def _summed(self) -> Self:
         """The same operator with the numbers of its terms in its weight."""
-        return replace(self, weight=_sum_of_kernels(self.terms, self.groups, self._lattices), terms=())
+        return replace(self, weight=sum_of_kernels(self.terms, self.groups, self._lattices), terms=())
+
+    def _text(self, kind: str, padding: str, mode: str = ZEROS) -> str:
+        facts = [f"{self.in_channels} -> {self.out_channels}", "x".join(map(str, self.kernel_size))]
+        facts += [f"stride {_axes_text(self.stride)}"] * any(s != 1 for s in self.stride)
+        facts += [f"{padding} {pads_text(self.padding)}"] * any(p for pair in self.padding for p in pair)
+        facts += [mode] * (mode != ZEROS)
+        facts += [f"dilation {_axes_text(self.dilation)}"] * any(d != 1 for d in self.dilation)
+        facts += [f"groups {self.groups}"] * (self.groups != 1)
+        facts += ["bias"] * (self.bias is not None)
+        return f"{kind}{self.dimensions}d[{', '.join(facts)}]"
+
+    @property
+    def device(self) -> torch.device:
+        """Where its numbers are."""
+        return self.weight.device
+
+    @property
+    def makes(self) -> tuple[int, int]:
+        """Its output channels."""
+        return self.out_channels, self.axis
+
+    @property
+    def rank(self) -> int | None:
+        """Batch, channels and space; a matrix product may have more axes."""
+        return self.dimensions + 2 if self.dimensions else None
 
     @property
     def dimensions(self) -> int:
@@ -305,31 +192,31 @@ class Weighted:
             for (before, after), d, more in zip(self.padding, self.dilation, taps, strict=True)
         )
         whole = self._summed() if self.terms else self
-        return replace(whole, weight=F.pad(whole.weight, _flat_padding(taps)), padding=padding)
+        return replace(whole, weight=F.pad(whole.weight, flat_padding(taps)), padding=padding)
 
     def undilate(self) -> Self:
         """The same operator with dilation 1: zeros between the taps."""
         if all(d == 1 for d in self.dilation):
             return self
-        lattice = [_Lattice(taps.first, 1, taps.last - taps.first + 1) for taps in self._lattices]
+        lattice = [Lattice(taps.first, 1, taps.last - taps.first + 1) for taps in self._lattices]
         return replace(self, weight=self._on(lattice), dilation=(1,) * self.dimensions, terms=())
 
     @property
-    def _lattices(self) -> list[_Lattice]:
+    def _lattices(self) -> list[Lattice]:
         """Where the taps of every axis lie."""
         return [
-            _Lattice(-before, step, count)
+            Lattice(-before, step, count)
             for (before, _), step, count in zip(self.padding, self.dilation, self.kernel_size, strict=True)
         ]
 
-    def _on(self, lattice: Sequence[_Lattice]) -> Tensor:
+    def _on(self, lattice: Sequence[Lattice]) -> Tensor:
         """The weight spread over a lattice of taps that contains its own, zero elsewhere."""
         if self.terms:
             return self._summed()._on(lattice)
         if self.kernel_size == tuple(taps.count for taps in lattice):
             return self.weight
         weight = self.weight.new_zeros(*self.weight.shape[:2], *(taps.count for taps in lattice))
-        weight[_within(self._lattices, lattice)] = self.weight
+        weight[within(self._lattices, lattice)] = self.weight
         return weight
 
     def _rows(self, vector: Tensor) -> Tensor:
@@ -366,7 +253,7 @@ class Weighted:
             AlgebraError: The scale is along another axis, or broadcasts to more channels.
         """
         scale, shift = norm.on(self.out_channels, self.axis, self.weight.device)
-        bias = _add(None if self.bias is None else scale * self.bias, shift)
+        bias = add(None if self.bias is None else scale * self.bias, shift)
         return replace(self, gain=scale if self.gain is None else scale * self.gain, bias=bias)
 
 
@@ -384,6 +271,7 @@ class Conv(Weighted):
     """
 
     padding_mode: str = ZEROS
+    name: ClassVar[str] = "conv"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -391,6 +279,51 @@ class Conv(Weighted):
             object.__setattr__(self, "padding_mode", ZEROS)
         if self.padding_mode != ZEROS and any(min(pair) < 0 < max(pair) for pair in self.padding):
             raise AlgebraError(f"a crop beside {self.padding_mode} padding")
+
+    def __str__(self) -> str:
+        """``conv2d[3 -> 8, 3x3, pad 1]``, ``linear[3 -> 5, bias]``."""
+        if self.dimensions == 0:
+            return f"linear[{self.in_channels} -> {self.out_channels}{', bias' * (self.bias is not None)}]"
+        return self._text("conv", "pad", self.padding_mode)
+
+    def shapes(self, rank: int | None) -> list[Ints]:
+        """One for every phase of the stride, up to three."""
+        if self.dimensions == 0:
+            return [(*range(2, 1 + (rank or 2)), self.in_channels)]
+        least = [
+            max(extent + 1 - min(0, pad[0]) - min(0, pad[1]), *pad) + 2 * stride + 1 + axis
+            for axis, (extent, pad, stride) in enumerate(zip(self.extent, self.padding, self.stride, strict=True))
+        ]
+        phases = min(max(self.stride), 3)
+        return [(1, self.in_channels, *(size + phase for size in least)) for phase in range(phases)]
+
+    def as_layer(self) -> AnyConv:
+        """The operator as torch's layers have it: one that crops is a transposed one, where that adds no taps."""
+        return self.as_transposed() if self._is_transposed_layer else self
+
+    @property
+    def _is_transposed_layer(self) -> bool:
+        if self.padding_mode != ZEROS or any(s != 1 for s in self.stride) or self.layer_padding is not None:
+            return False
+        crops = [(e - before, e - after) for (before, after), e in zip(self.padding, self.extent, strict=True)]
+        return all(b >= 0 and 0 <= b - a < d for (b, a), d in zip(crops, self.dilation, strict=True))
+
+    @property
+    def layer_padding(self) -> Any:
+        """The ``padding`` argument with which a layer pads like this; None when a padding has to go before it."""
+        if self.has_plain_padding:
+            return tuple(before for before, _ in self.padding)
+        same = all(
+            stride == 1 and pad == (extent // 2, extent - extent // 2)
+            for stride, pad, extent in zip(self.stride, self.padding, self.extent, strict=True)
+        )
+        return "same" if same else None
+
+    @property
+    def padding_before(self) -> Pad | None:
+        """The padding that has to go before its layer, which cannot have it itself."""
+        has_own = self.layer_padding is not None or self._is_transposed_layer
+        return None if has_own else Pad(self.padding, self.padding_mode)
 
     @property
     def is_pointwise(self) -> bool:
@@ -423,7 +356,7 @@ class Conv(Weighted):
         if self.dimensions == 0:
             # A grouped matrix product exists only on the way to a dense one.
             return F.linear(x, self.regroup(1).kernel.to(x.dtype), bias)
-        x = _pad(x, self.padding, self.padding_mode)
+        x = padded(x, self.padding, self.padding_mode)
         convolve = _CONVOLVE[self.dimensions]
         return convolve(x, self.kernel.to(x.dtype), bias, self.stride, 0, self.dilation, self.groups)
 
@@ -484,9 +417,8 @@ class Conv(Weighted):
                 return self._after_pad(inner)
             case Conv():
                 return self._after_conv(inner, outline)
-            case AveragePool():
-                pool = inner.as_conv(self.in_channels, self.dimensions, device=self.weight.device)
-                return self._after_conv(pool, outline)
+            case _:
+                return self._after_conv(as_conv(inner, self.in_channels, self.dimensions, self.device), outline)
 
     def then_crop(self, crop: Pad) -> Conv:
         """``crop(self(x))``: a convolution that leaves out its first and last outputs, by padding less.
@@ -496,7 +428,7 @@ class Conv(Weighted):
         """
         if crop.pads:
             raise AlgebraError("the output is padded")
-        amounts = self._last_axes(crop)
+        amounts = crop.on(self.dimensions)
         padding = tuple(
             (own[0] + s * more[0], own[1] + s * more[1])
             for own, more, s in zip(self.padding, amounts, self.stride, strict=True)
@@ -521,7 +453,7 @@ class Conv(Weighted):
         if self.padding_mode != ZEROS:
             raise AlgebraError(f"the convolution has {self.padding_mode} padding")
         padding = []
-        axes = zip(self.padding, self._last_axes(pad), self.stride, self.extent, strict=True)
+        axes = zip(self.padding, pad.on(self.dimensions), self.stride, self.extent, strict=True)
         for (before, after), (first, last), stride, extent in axes:
             if min(first, last) < 0 or (first and before <= extent - stride) or (last and after < extent):
                 raise AlgebraError("what lies around the output is not its bias")
@@ -534,17 +466,17 @@ class Conv(Weighted):
         The padding pads *after* the shift, so at the border the sum W·t has fewer terms. Reflected, replicated
         and wrapped values have the shift in them, and are no obstacle.
         """
-        _refuse_expansion(norm)
+        refuse_expansion(norm)
         scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
         if self.pads and self.padding_mode == ZEROS and shift is not None and bool(shift.any()):
             raise AlgebraError("shift before zero padding")
         kernel = self.kernel
         constant = None if shift is None else (kernel * self._rows(shift)).flatten(1).sum(1)
-        return replace(self, weight=kernel * self._rows(scale), bias=_add(self.bias, constant), gain=None, terms=())
+        return replace(self, weight=kernel * self._rows(scale), bias=add(self.bias, constant), gain=None, terms=())
 
     def _after_pad(self, pad: Pad) -> Conv:
         """A padding before a convolution is the convolution's own, when both pad the same way."""
-        amounts = self._last_axes(pad)
+        amounts = pad.on(self.dimensions)
         if pad.pads and pad.mode == ZEROS and pad.value != 0:
             raise AlgebraError(f"the padding is of {pad.value}, not of zeros")
         if pad.pads and self.pads and (pad.mode, self.padding_mode) != (ZEROS, ZEROS):
@@ -555,13 +487,6 @@ class Conv(Weighted):
         padding = tuple((o[0] + i[0], o[1] + i[1]) for o, i in zip(self.padding, amounts, strict=True))
         whole = self._summed() if self.terms else self
         return replace(whole, padding=padding, padding_mode=pad.mode if pad.pads else self.padding_mode)
-
-    def _last_axes(self, pad: Pad) -> Padding:
-        """The amounts of a padding for the axes of this convolution."""
-        beyond = len(pad.padding) - self.dimensions
-        if any(amount for pair in pad.padding[: max(beyond, 0)] for amount in pair):
-            raise AlgebraError("the padding reaches beyond the convolution's axes")
-        return ((0, 0),) * -beyond + pad.padding[max(beyond, 0) :]
 
     def _after_conv(self, inner: Conv, outline: bool) -> Conv:
         """``W2*(W1*x + b1) + b2 = (W2*W1)*x + (W2·b1 + b2)``.
@@ -578,7 +503,7 @@ class Conv(Weighted):
         groups = math.gcd(self.groups, inner.groups)
         # Taps of the composition: inner offset + inner stride * outer offset.
         shifted = [taps.stretched(s) for s, taps in zip(inner.stride, self._lattices, strict=True)]
-        lattice = [_sum_lattice(i, o) for i, o in zip(inner._lattices, shifted, strict=True)]
+        lattice = [sum_lattice(i, o) for i, o in zip(inner._lattices, shifted, strict=True)]
         growth = [i + s * o for i, s, o in zip(inner.growth, inner.stride, self.growth, strict=True)]
         return Conv(
             *self._product_numbers(inner, groups, lattice, shifted, outline),
@@ -590,13 +515,13 @@ class Conv(Weighted):
         )
 
     def _product_numbers(
-        self, inner: Conv, groups: int, lattice: Sequence[_Lattice], shifted: Sequence[_Lattice], outline: bool
+        self, inner: Conv, groups: int, lattice: Sequence[Lattice], shifted: Sequence[Lattice], outline: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of ``self(inner(x))`` in ``groups`` groups, its taps on ``lattice``."""
         rows, middle, columns = (n // groups for n in (self.out_channels, self.in_channels, inner.in_channels))
         if outline:
             shape = (self.out_channels, columns, *(taps.count for taps in lattice))
-            return _zeros(shape, self.bias is not None or inner.bias is not None)
+            return unfilled(shape, self.bias is not None or inner.bias is not None)
         outer_kernel, inner_kernel = self.regroup(groups).double(), inner.regroup(groups).double()
         # A tap of the outer kernel shifts a copy of the inner one; channels and groups go through one product.
         outer_taps = outer_kernel.weight.reshape(groups, rows, middle, -1)
@@ -604,11 +529,11 @@ class Conv(Weighted):
         weight = outer_taps.new_zeros(groups, rows, columns, *(taps.count for taps in lattice))
         for tap, matrix in zip(itertools.product(*map(range, self.kernel_size)), outer_taps.unbind(-1), strict=True):
             place = [i.moved(o.first + o.step * j) for j, i, o in zip(tap, inner._lattices, shifted, strict=True)]
-            weight[_within(place, lattice)] += torch.einsum("goi,gi...->go...", matrix, inner_taps)
+            weight[within(place, lattice)] += torch.einsum("goi,gi...->go...", matrix, inner_taps)
         constant = None
         if inner.bias is not None:
             constant = torch.einsum("goi,gi->go", outer_taps.sum(-1), inner.bias.reshape(groups, middle)).flatten()
-        return weight.flatten(0, 1), _add(self.bias, constant)
+        return weight.flatten(0, 1), add(self.bias, constant)
 
     def _after_transposed(self, inner: ConvTranspose, outline: bool) -> ConvTranspose:
         """Exact when this one has no stride, and pads with zeros, if at all, only where nothing was cropped."""
@@ -628,6 +553,8 @@ class ConvTranspose(Weighted):
             gets taps of weight zero, until ``0 <= before - after < max(stride, dilation)``: ``before`` is then the
             layer's padding, and the difference its output padding.
     """
+
+    name: ClassVar[str] = "conv_transpose"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -651,6 +578,20 @@ class ConvTranspose(Weighted):
         nothing = (0,) * (weight.dim() - 2)
         crops = tuple((p, p - more) for p, more in zip(padding or nothing, output_padding or nothing, strict=True))
         return ConvTranspose(_exchange(weight.detach(), groups), bias, stride, crops, dilation, groups)
+
+    def __str__(self) -> str:
+        """``convtranspose2d[3 -> 8, 2x2, stride 2]``."""
+        return self._text("convtranspose", "crop")
+
+    def shapes(self, rank: int | None) -> list[Ints]:
+        """The smallest, and one in which an output is far from both borders."""
+        axes = list(zip(self.growth, self.extent, self.stride, strict=True))
+        least = [1 + max(0, -(-growth // stride)) for growth, _, stride in axes]
+        roomy = [
+            n + 2 * (extent // stride + 1) + axis
+            for axis, (n, (_, extent, stride)) in enumerate(zip(least, axes, strict=True))
+        ]
+        return [(1, self.in_channels, *sizes) for sizes in (least, roomy)]
 
     @property
     def torch_weight(self) -> Tensor:
@@ -706,21 +647,20 @@ class ConvTranspose(Weighted):
                 return self._after_affine(inner)
             case Conv():
                 return self._after_conv(inner, outline)
-            case AveragePool():
-                pool = inner.as_conv(self.in_channels, self.dimensions, device=self.weight.device)
-                return self._after_conv(pool, outline)
             case ConvTranspose():
                 return self._after_transposed(inner, outline)
             case Pad():
                 raise AlgebraError("a padding before a transposed convolution")
+            case _:
+                return self._after_conv(as_conv(inner, self.in_channels, self.dimensions, self.device), outline)
 
     def _after_affine(self, norm: ChannelAffine) -> ConvTranspose:
         """``W'(sx + t) + b = (Ws)'x + (b + W't)``, exact when every output receives the same amount of t."""
-        _refuse_expansion(norm)
+        refuse_expansion(norm)
         scale, shift = norm.on(self.in_channels, self.axis, self.weight.device)
         constant = None if shift is None else self._of_constant(shift)
         kernel = self.kernel * self._rows(scale)
-        return replace(self, weight=kernel, bias=_add(self.bias, constant), gain=None, terms=())
+        return replace(self, weight=kernel, bias=add(self.bias, constant), gain=None, terms=())
 
     def _after_conv(self, inner: Conv, outline: bool) -> ConvTranspose:
         """Exact when the convolution has no stride, and what its output lacks at the border would not be written.
@@ -762,6 +702,29 @@ class ConvTranspose(Weighted):
 AnyConv: TypeAlias = Conv | ConvTranspose
 
 
+def as_conv(operator: Operator, channels: int, dimensions: int, device: torch.device | None = None) -> Conv:
+    """An operator without weights, on ``channels`` channels, as a convolution along ``dimensions`` axes.
+
+    Raises:
+        AlgebraError: It is none, or works on other channels.
+    """
+    return Conv(**operator.kernel_on(channels, dimensions, device))
+
+
+def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
+    """``x @ W.T + b`` on the last axis: a convolution without space.
+
+    Args:
+        weight: Shape ``(out_features, in_features)``.
+        bias: Shape ``(out_features,)`` or None.
+    """
+    return Conv(weight, bias)
+
+
+def _axes_text(values: Ints) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+
+
 def _exchange(weight: Tensor, groups: int) -> Tensor:
     """A weight with input and output channels exchanged inside each group; its own inverse."""
     rows = weight.shape[0] // groups
@@ -798,268 +761,7 @@ def _compose_transposed(outer: AnyConv, inner: AnyConv, obstacle: str, outline: 
     return replace(second._product(first, outline).adjoint(), bias=bias)
 
 
-def Linear(weight: Tensor, bias: Tensor | None = None) -> Conv:
-    """``x @ W.T + b`` on the last axis: a convolution without space.
-
-    Args:
-        weight: Shape ``(out_features, in_features)``.
-        bias: Shape ``(out_features,)`` or None.
-    """
-    return Conv(weight, bias)
-
-
-@dataclass(frozen=True)
-class Pad:
-    """Padding of the last axes by a constant, or by reflected, replicated or wrapped values; negative amounts crop.
-
-    Attributes:
-        padding: ``(before, after)`` for the last ``len(padding)`` axes, first axis first.
-        mode: ``zeros`` for a constant, ``reflect``, ``replicate`` or ``circular``.
-        value: The constant.
-    """
-
-    padding: Padding
-    mode: str = ZEROS
-    value: float = 0.0
-
-    @property
-    def pads(self) -> bool:
-        """Whether it adds anything; otherwise it only crops."""
-        return any(before > 0 or after > 0 for before, after in self.padding)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x``, padded."""
-        return _pad(x, self.padding, self.mode, self.value)
-
-    def as_conv(self, channels: int, dimensions: int, *, device: torch.device | None = None) -> Conv:
-        """This padding, on ``channels`` channels, as a depthwise convolution with a single tap.
-
-        Raises:
-            AlgebraError: It pads with anything but zeros, or beyond the last ``dimensions`` axes.
-        """
-        one = torch.ones(channels, 1, *[1] * dimensions, dtype=torch.float64, device=device)
-        return Conv(one, groups=channels).after(self)  # type: ignore[return-value]
-
-    def after(self, inner: Pad) -> Pad:
-        """``self(inner(x))``: two paddings with the same constant, or two crops.
-
-        Raises:
-            AlgebraError: They pad with different values, or one crops what the other padded.
-        """
-        if (self.mode, inner.mode) != (ZEROS, ZEROS) or (self.pads and inner.pads and self.value != inner.value):
-            raise AlgebraError("the two pad with different values")
-        axes = max(len(self.padding), len(inner.padding))
-        outer, own = (((0, 0),) * (axes - len(pad.padding)) + pad.padding for pad in (self, inner))
-        if any(a * b < 0 for pairs in zip(outer, own, strict=True) for a, b in zip(*pairs, strict=True)):
-            raise AlgebraError("one crops what the other padded")
-        padding = tuple((a[0] + b[0], a[1] + b[1]) for a, b in zip(outer, own, strict=True))
-        return Pad(padding, ZEROS, self.value if self.pads else inner.value)
-
-
-@dataclass(frozen=True)
-class AveragePool:
-    """Mean over windows, for any number of channels: a depthwise convolution with a constant kernel.
-
-    Attributes:
-        kernel_size: Window, one number an axis. Likewise ``stride`` and ``padding`` (the same on both sides).
-        divisor: What the window's sum is divided by; its size when left out.
-    """
-
-    kernel_size: Ints
-    stride: Ints
-    padding: Ints
-    divisor: float | None = None
-    dimensions: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dimensions", len(self.kernel_size))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The pooled ``x``."""
-        pooled = _POOL[self.dimensions](x, self.kernel_size, self.stride, self.padding)
-        return pooled * (math.prod(self.kernel_size) / self.divisor) if self.divisor else pooled
-
-    def after(self, pad: Pad) -> AveragePool:
-        """``self(pad(x))``: padding with zeros that the windows count.
-
-        Raises:
-            AlgebraError: torch's pool cannot pad so: other values, one side more than the other, or half a window.
-        """
-        beyond = len(pad.padding) - self.dimensions
-        amounts = ((0, 0),) * -beyond + pad.padding[max(beyond, 0) :]
-        outside = any(amount for pair in pad.padding[: max(beyond, 0)] for amount in pair)
-        if outside or pad.value or pad.mode != ZEROS or any(a != b for a, b in amounts):
-            raise AlgebraError("a pool cannot pad like that")
-        padding = tuple(p + a for p, (a, _) in zip(self.padding, amounts, strict=True))
-        if any(not 0 <= a <= k // 2 or a < p for a, k, p in zip(padding, self.kernel_size, self.padding, strict=True)):
-            raise AlgebraError("a pool pads at most half its window")
-        return replace(self, padding=padding)
-
-    def scaled(self, factor: float) -> AveragePool:
-        """``factor * self(x)``."""
-        divisor = self.divisor or math.prod(self.kernel_size)
-        return replace(self, divisor=divisor / factor if factor else math.inf)
-
-    def as_conv(self, channels: int, dimensions: int | None = None, *, device: torch.device | None = None) -> Conv:
-        """This pool on ``channels`` channels.
-
-        Raises:
-            AlgebraError: ``dimensions`` is given and is not this pool's.
-        """
-        if dimensions not in (None, self.dimensions):
-            raise AlgebraError(f"a {self.dimensions}-d pool is no {dimensions}-d convolution")
-        value = 1.0 / (self.divisor or math.prod(self.kernel_size))
-        weight = torch.full((channels, 1, *self.kernel_size), value, dtype=torch.float64, device=device)
-        return Conv(weight, None, self.stride, tuple((p, p) for p in self.padding), groups=channels)
-
-
-Operator: TypeAlias = AnyConv | ChannelAffine | AveragePool | Pad
-
-
-def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Operator:
-    """``outer(inner(x))`` as one operator.
-
-    Args:
-        outer: What comes last.
-        inner: What comes first.
-        outline: As for :meth:`Conv.after`.
-
-    Raises:
-        AlgebraError: The two are not one operator; the message says why.
-    """
-    match outer, inner:
-        case ChannelAffine(), ChannelAffine():
-            return outer.after(inner)
-        case ChannelAffine(), Conv() | ConvTranspose():
-            return inner.then(outer)
-        case ChannelAffine(), AveragePool():
-            _refuse_expansion(outer)
-            if outer.axis is None:
-                raise AlgebraError("nothing says how many channels there are")
-            return inner.as_conv(len(outer.scale), -outer.axis - 1, device=outer.scale.device).then(outer)
-        case Conv() | ConvTranspose(), _:
-            return outer.after(inner, outline=outline)
-        case AveragePool(), Conv() | ConvTranspose():
-            conv = outer.as_conv(inner.out_channels, inner.dimensions, device=inner.weight.device)
-            return conv.after(inner, outline=outline)
-        case AveragePool(), ChannelAffine():
-            if inner.axis is None:
-                raise AlgebraError("nothing says how many channels there are")
-            return outer.as_conv(len(inner.scale), -inner.axis - 1, device=inner.scale.device).after(inner)
-        case AveragePool(), Pad():
-            return outer.after(inner)
-        case Pad(), Conv():
-            return inner.then_crop(outer)
-        case Pad(), Pad():
-            return outer.after(inner)
-    raise AlgebraError("the two are not one operator")
-
-
-def parallel(terms: Sequence[Operator], *, outline: bool = False) -> Operator:
-    """``sum(term(x) for term in terms)`` as one operator, all terms reading the same ``x``.
-
-    ``W1*x + W2*x = (W1 + W2)*x``, once both kernels are written over the same taps and the same groups. That
-    is exact when the terms have the same stride and the same output size for every input, and when those that
-    read the padding pad the same way. Identities, scales and pools among the terms take their channels from
-    the convolutions.
-
-    Args:
-        terms: At least one.
-        outline: Leave the numbers of a convolution zero. That takes no memory and hardly any time, and shows whether
-            the terms add up, and to a kernel of what size.
-
-    Raises:
-        AlgebraError: The terms do not add up to one operator; the message says why.
-    """
-    affines = [term for term in terms if isinstance(term, ChannelAffine)]
-    if len(affines) == len(terms):
-        return reduce(_add_affines, affines)
-    model = next((term for term in terms if isinstance(term, AnyConv)), None)
-    if model is None:
-        raise AlgebraError("no convolution among the terms says how many channels there are")
-    return _sum_convs([_as_conv(term, model) for term in terms], outline)
-
-
-def concatenate(convs: Sequence[Conv], *, outline: bool = False) -> Conv:
-    """``[W1*x; W2*x]`` along the channels as one convolution with the kernels one below the other.
-
-    Exact for any convolutions of one stride and output size that pad alike. Channels of several groups are interleaved
-    otherwise than those of several convolutions, so the result has a single group.
-
-    Args:
-        convs: At least one, all reading the same ``x``.
-        outline: As for :func:`parallel`.
-
-    Raises:
-        AlgebraError: Their outputs have different shapes, or they pad differently.
-    """
-    first = convs[0]
-    for conv in convs[1:]:
-        _check_same_size(first, conv)
-    lattice, geometry = _common_geometry(convs)
-    rows = sum(conv.out_channels for conv in convs)
-    biased = any(conv.bias is not None for conv in convs)
-    if outline:
-        weight, bias = _zeros((rows, first.in_channels, *(taps.count for taps in lattice)), biased)
-    else:
-        weight = torch.cat([conv.double().regroup(1)._on(lattice) for conv in convs])
-        zeros = [weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias for conv in convs]
-        bias = torch.cat(zeros) if biased else None
-    return Conv(weight, bias, **geometry)
-
-
-def _common_geometry(convs: Sequence[AnyConv]) -> tuple[list[_Lattice], dict[str, Any]]:
-    """The taps of all of some convolutions of one output size, and what else a kernel on them is made with.
-
-    Raises:
-        AlgebraError: They pad differently.
-    """
-    first = convs[0]
-    modes = {conv.padding_mode for conv in convs if isinstance(conv, Conv) and conv.pads}
-    if len(modes) > 1:
-        raise AlgebraError(f"{' and '.join(sorted(modes))} padding do not merge")
-    lattice = [_common_lattice(convs, axis) for axis in range(first.dimensions)]
-    padding = tuple(taps.padding(growth) for taps, growth in zip(lattice, first.growth, strict=True))
-    dilation = tuple(taps.step for taps in lattice)
-    geometry: dict[str, Any] = {"stride": first.stride, "padding": padding, "dilation": dilation}
-    if modes:
-        geometry["padding_mode"] = modes.pop()
-    return lattice, geometry
-
-
-def _as_conv(term: Operator, model: AnyConv) -> AnyConv:
-    """``term`` as a convolution on the input of ``model``."""
-    match term:
-        case Conv() | ConvTranspose():
-            return term
-        case ChannelAffine() | AveragePool() | Pad():
-            return term.as_conv(model.in_channels, model.dimensions, device=model.weight.device)
-
-
-def _add_affines(a: ChannelAffine, b: ChannelAffine) -> ChannelAffine:
-    """``(s x + t) + (s' x + t') = (s + s') x + (t + t')``."""
-    (s, t), (s_b, t_b), axis = _on_common_channels(a, b)
-    return ChannelAffine(s + s_b, _add(t, t_b), axis)
-
-
-def _sum_convs(convs: Sequence[AnyConv], outline: bool) -> AnyConv:
-    first = convs[0]
-    for conv in convs[1:]:
-        _check_parallel(first, conv)
-    lattice, geometry = _common_geometry(convs)
-    groups = reduce(math.gcd, (conv.groups for conv in convs))
-    shape = (first.out_channels, first.in_channels // groups, *(taps.count for taps in lattice))
-    biases = [conv.bias for conv in convs if conv.bias is not None]
-    weight, bias = _zeros(shape, bool(biases), first.weight.device)
-    # A transposed kernel may get further taps, for which it needs its numbers.
-    terms = () if outline or isinstance(first, ConvTranspose) else tuple(convs)
-    if isinstance(first, ConvTranspose) and not outline:
-        weight = _sum_of_kernels(convs, groups, lattice)
-    bias = bias if outline or not biases else reduce(torch.add, biases)
-    return type(first)(weight, bias, groups=groups, terms=terms, **geometry)
-
-
-def _sum_of_kernels(convs: Sequence[Weighted], groups: int, lattice: Sequence[_Lattice]) -> Tensor:
+def sum_of_kernels(convs: Sequence[Weighted], groups: int, lattice: Sequence[Lattice]) -> Tensor:
     """The kernels of some convolutions, over common groups and taps, added up in float64."""
     # The largest kernel usually has the common taps already, and the others are added into a copy of it.
     convs = sorted(convs, key=lambda conv: -conv.weight.numel() * (conv.groups == groups))
@@ -1068,35 +770,14 @@ def _sum_of_kernels(convs: Sequence[Weighted], groups: int, lattice: Sequence[_L
     if first.gain is not None:
         weight.mul_(first.gain.view(-1, *[1] * (weight.dim() - 1)))
     for conv in convs[1:]:
-        weight[_within(conv._lattices, lattice)] += conv.regroup(groups).kernel
+        weight[within(conv._lattices, lattice)] += conv.regroup(groups).kernel
     return weight
 
 
-def _zeros(shape: Ints, bias: bool, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
+def unfilled(shape: Ints, bias: bool, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a convolution that is not filled in: one zero, seen from everywhere."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return zero.expand(shape), zero.expand(shape[:1]) if bias else None
-
-
-def _check_parallel(a: AnyConv, b: AnyConv) -> None:
-    """Raise unless ``a(x)`` and ``b(x)`` exist for the same inputs and have the same shape for all of them."""
-    _check_same_size(a, b)
-    if a.out_channels != b.out_channels:
-        raise AlgebraError(f"the addition broadcasts: {a.out_channels} and {b.out_channels} output channels")
-
-
-def _check_same_size(a: AnyConv, b: AnyConv) -> None:
-    """Raise unless ``a(x)`` and ``b(x)`` exist for the same inputs and differ at most in their channels."""
-    if type(a) is not type(b):
-        raise AlgebraError("one of them is a transposed convolution, which has another stride")
-    if a.dimensions != b.dimensions:
-        raise AlgebraError(f"a {a.dimensions}-d and a {b.dimensions}-d operator")
-    if a.in_channels != b.in_channels:
-        raise AlgebraError(f"they read {a.in_channels} and {b.in_channels} channels")
-    if a.stride != b.stride:
-        raise AlgebraError(f"strides {a.stride} and {b.stride} differ")
-    if a.growth != b.growth:
-        raise AlgebraError("their output sizes differ for some inputs, so the addition broadcasts")
 
 
 def _wraps_on(outer: Conv, inner: Conv, axis: int) -> bool:
@@ -1142,56 +823,3 @@ def _check_channels(outer: Weighted, inner: Weighted) -> None:
         raise AlgebraError(f"a {inner.dimensions}-d before a {outer.dimensions}-d convolution")
     if inner.out_channels != outer.in_channels:
         raise AlgebraError(f"{inner.out_channels} channels are broadcast to {outer.in_channels}")
-
-
-@dataclass(frozen=True)
-class _Lattice:
-    """Taps ``first, first + step, ...`` of one axis; the step of a single tap means nothing."""
-
-    first: int
-    step: int
-    count: int
-
-    @property
-    def last(self) -> int:
-        return self.first + self.step * (self.count - 1)
-
-    def stretched(self, factor: int) -> _Lattice:
-        return _Lattice(factor * self.first, factor * self.step, self.count)
-
-    def moved(self, distance: int) -> _Lattice:
-        return _Lattice(self.first + distance, self.step, self.count)
-
-    def padding(self, growth: int) -> tuple[int, int]:
-        """Padding that puts the first tap where it is, and makes the output ``growth`` larger than the input."""
-        return -self.first, growth + self.last
-
-    def within(self, other: _Lattice) -> slice:
-        """These taps as a slice of another lattice, which contains them."""
-        first, step = (self.first - other.first) // other.step, max(1, self.step // other.step)
-        return slice(first, first + step * (self.count - 1) + 1, step)
-
-
-def _within(taps: Sequence[_Lattice], lattice: Sequence[_Lattice]) -> tuple[EllipsisType | slice, ...]:
-    """Index of the taps of every axis in a kernel on ``lattice``."""
-    return (..., *(own.within(all_taps) for own, all_taps in zip(taps, lattice, strict=True)))
-
-
-def _step(distances: Sequence[int]) -> int:
-    """Largest spacing whose multiples contain all distances; 1 when there is a single tap."""
-    return reduce(math.gcd, distances, 0) or 1
-
-
-def _sum_lattice(a: _Lattice, b: _Lattice) -> _Lattice:
-    """The coarsest lattice that contains every sum of a tap of ``a`` and a tap of ``b``."""
-    step = _step([taps.step for taps in (a, b) if taps.count > 1])
-    return _Lattice(a.first + b.first, step, (a.last + b.last - a.first - b.first) // step + 1)
-
-
-def _common_lattice(convs: Sequence[AnyConv], axis: int) -> _Lattice:
-    """The coarsest lattice that contains the taps of all convolutions."""
-    own = [conv._lattices[axis] for conv in convs]
-    spacings = [taps.step for taps in own if taps.count > 1]
-    step = _step([*spacings, *(taps.first - own[0].first for taps in own)])
-    first, last = min(taps.first for taps in own), max(taps.last for taps in own)
-    return _Lattice(first, step, (last - first) // step + 1)
