@@ -1,10 +1,10 @@
-"""``conv(conv(x)) -> conv(x)``: two convolutions in a row, transposed ones too, or one and an average pool."""
+"""``conv(conv(x)) -> conv(x)``: two convolutions in a row, transposed ones too, or one and a pool or permutation."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, AveragePool, Operator, compose
+from reparam.algebra import AnyConv, AveragePool, Operator, Permute, compose
 from reparam.algebra.cost import Choice
 from reparam.graph.graph import Graph
 from reparam.passes.compose import Compose
@@ -18,14 +18,14 @@ class ConvAfterConv(Compose):
     and a depthwise before a pointwise convolution stay what they are.
     """
 
-    outer = (AnyConv, AveragePool)
-    inner = (AnyConv, AveragePool)
+    outer = (AnyConv, AveragePool, Permute)
+    inner = (AnyConv, AveragePool, Permute)
     explains = False
 
     def too_costly(self, node: Node, graph: Graph, outer: Operator, inner: Operator) -> str | None:
         """What the one kernel costs against the two."""
-        if isinstance(outer, AveragePool) and isinstance(inner, AveragePool):
-            return "two pools in a row"
+        if not isinstance(outer, AnyConv) and not isinstance(inner, AnyConv):
+            return "no convolution"
         source = graph.source(node)
         kernels = graph.kernels(node) + graph.kernels(source)
         merged = compose(outer, inner, outline=True)

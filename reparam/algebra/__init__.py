@@ -17,6 +17,7 @@ from reparam.algebra.affine import ChannelAffine
 from reparam.algebra.combine import compose, concatenate, parallel
 from reparam.algebra.convolution import AnyConv, Conv, ConvTranspose, Linear, as_conv
 from reparam.algebra.operator import ZEROS, Operator
+from reparam.algebra.permutation import Permute
 from reparam.algebra.windows import AveragePool, Pad
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Linear",
     "Operator",
     "Pad",
+    "Permute",
     "as_conv",
     "compose",
     "concatenate",

@@ -13,6 +13,7 @@ from reparam.algebra.affine import ChannelAffine, add_affines, refuse_expansion
 from reparam.algebra.convolution import AnyConv, Conv, ConvTranspose, as_conv, sum_of_kernels, unfilled
 from reparam.algebra.lattice import Lattice, common_lattice
 from reparam.algebra.operator import Operator
+from reparam.algebra.permutation import Permute
 from reparam.algebra.windows import AveragePool, Pad
 from reparam.errors import AlgebraError
 
@@ -40,7 +41,7 @@ def compose(outer: Operator, inner: Operator, *, outline: bool = False) -> Opera
             return _conv_of(inner, outer).then(outer)
         case Conv() | ConvTranspose(), _:
             return outer.after(inner, outline=outline)
-        case AveragePool(), Conv() | ConvTranspose():
+        case AveragePool() | Permute(), Conv() | ConvTranspose():
             conv = as_conv(outer, inner.out_channels, inner.dimensions, inner.device)
             return conv.after(inner, outline=outline)
         case AveragePool(), ChannelAffine():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra import ZEROS, AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator
 from reparam.errors import RewriteError
 from reparam.graph.affine import Affine
 
@@ -92,7 +92,7 @@ class _Called(nn.Module):
 
 def layers(operator: Operator, dtype: torch.dtype) -> list[nn.Module]:
     """An operator as layers to run one after the other, a padding of its own included; see :func:`layer`."""
-    if isinstance(operator, Pad | AveragePool):
+    if not isinstance(operator, AnyConv | ChannelAffine):
         return [_Called(operator)]
     padding = operator.padding_before
     return [*([] if padding is None else [_Called(padding)]), layer(operator, dtype)]

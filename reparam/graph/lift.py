@@ -24,7 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Linear, Operator, Pad
+from reparam.algebra import (
+    AnyConv,
+    AveragePool,
+    ChannelAffine,
+    Conv,
+    ConvTranspose,
+    Linear,
+    Operator,
+    Pad,
+    Permute,
+)
 from reparam.errors import AlgebraError
 from reparam.graph import facts
 from reparam.graph.leaves import LIFTERS, carries_hooks, is_leaf, keeps, leaf_class
@@ -337,6 +347,40 @@ def _pad(amounts: Any, mode: str, value: float | None) -> Pad:
     # torch counts the axes from the last to the first.
     pairs = tuple((flat[i], flat[i + 1]) for i in range(len(flat) - 2, -1, -2))
     return Pad(pairs, "zeros" if mode == "constant" else mode, float(value or 0.0))
+
+
+@register(nn.ChannelShuffle)
+def _(module: nn.ChannelShuffle, input: Any) -> Operator | Sum | None:
+    return _channel_shuffle(input, module.groups)
+
+
+@register(F.channel_shuffle, F.native_channel_shuffle)
+def _channel_shuffle(input: Any, groups: Any) -> Operator | None:
+    axis = _second_axis(input)
+    count = _channels(input, axis)
+    return None if count is None or type(groups) is not int else Permute.shuffle(count, groups, -axis - 1)
+
+
+@register(nn.PixelShuffle)
+def _(module: nn.PixelShuffle, input: Any) -> Operator | Sum | None:
+    return _pixel_shuffle(input, module.upscale_factor)
+
+
+@register(F.pixel_shuffle)
+def _pixel_shuffle(input: Any, upscale_factor: Any) -> Operator | None:
+    count = _channels(input, -3) if type(upscale_factor) is int else None
+    return None if count is None else Permute(torch.arange(count), up=upscale_factor)
+
+
+@register(nn.PixelUnshuffle)
+def _(module: nn.PixelUnshuffle, input: Any) -> Operator | Sum | None:
+    return _pixel_unshuffle(input, module.downscale_factor)
+
+
+@register(F.pixel_unshuffle)
+def _pixel_unshuffle(input: Any, downscale_factor: Any) -> Operator | None:
+    count = _channels(input, -3) if type(downscale_factor) is int else None
+    return None if count is None else Permute(torch.arange(count * downscale_factor**2), down=downscale_factor)
 
 
 # Functions.

@@ -19,6 +19,7 @@ from reparam.algebra import Operator
 from reparam.errors import AlgebraError
 from reparam.graph import facts
 from reparam.graph.leaves import carries_hooks, is_leaf
+from reparam.graph.lift import lift
 
 # A known number, an axis of a value (counted from the front), or None.
 Size: TypeAlias = "int | tuple[Node, int] | None"
@@ -110,7 +111,7 @@ def settle(nodes: Iterable[Node], modules: Mapping[str, Any]) -> None:
         # An example may show that a squeeze does nothing, say.
         facts.know(node, axes=found if found is not None and facts.of(node).rank == found.out_rank else None)
         if facts.of(node).channels is None:
-            known = _inherited_channels(node) or facts.channels_read(node, modules)
+            known = _inherited_channels(node) or facts.channels_read(node, modules) or _permuted_channels(node, modules)
             if known is not None:
                 facts.know(node, channels=known)
 
@@ -234,6 +235,13 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
     if facts.keeps_shape(node):
         return known[0] if known else None
     return None
+
+
+def _permuted_channels(node: Node, modules: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Those behind ``nn.PixelShuffle`` and its like."""
+    called = type(modules[str(node.target)]).__name__ if node.op == "call_module" else facts.target_name(node)
+    operator = lift(node, modules) if called.replace("_", "").lower().endswith("shuffle") else None
+    return operator.makes if isinstance(operator, Operator) else None
 
 
 def _axes(node: Node, modules: Mapping[str, Any]) -> Axes | None:
@@ -459,11 +467,11 @@ def _new_sizes(node: Node, name: str) -> list[Size] | None:
         other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
         rank = facts.of(other).rank if isinstance(other, Node) else None
         return None if rank is None else [size(other, axis) for axis in range(rank)]  # type: ignore[arg-type]
-    wanted = _wanted_sizes(node)
-    return None if wanted is None else [_size_of(item) for item in wanted]
+    wanted = wanted_sizes(node)
+    return None if wanted is None else [size_of(item) for item in wanted]
 
 
-def _wanted_sizes(node: Node) -> Sequence[Any] | None:
+def wanted_sizes(node: Node) -> Sequence[Any] | None:
     """The arguments of a reshape that are sizes."""
     wanted = _flat(node.args[1:]) or node.kwargs.get("shape") or node.kwargs.get("size")
     if not isinstance(wanted, (tuple, list)):
@@ -478,7 +486,7 @@ def _is_size(item: Any) -> bool:
     return isinstance(item, Node) and _read_size(item)[0] is not None
 
 
-def _size_of(item: Any) -> Size:
+def size_of(item: Any) -> Size:
     """The size that an argument of a reshape stands for."""
     if isinstance(item, int):
         return item if item >= 0 else None
@@ -559,10 +567,10 @@ def _asked_for(node: Node, moved: Axes, axis: int) -> int | None:
         sizes: list[Any] = list(arguments.get(2, "sizes", ()))
         first = moved.unmerged[1]
     elif name in _RESHAPES and not name.endswith("_as"):
-        sizes, first = list(_wanted_sizes(node) or ()), 0
+        sizes, first = list(wanted_sizes(node) or ()), 0
     else:
         return None
-    wanted = _size_of(sizes[axis - first]) if 0 <= axis - first < len(sizes) else None
+    wanted = size_of(sizes[axis - first]) if 0 <= axis - first < len(sizes) else None
     return wanted if type(wanted) is int else None
 
 

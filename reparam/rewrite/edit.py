@@ -139,6 +139,8 @@ class Editor:
                 for reader in [user for user in absorbed.users if facts.reads_only_metadata_of(user, absorbed)]:
                     reader.replace_input_with(absorbed, twin)
             node.replace_all_uses_with(result)
+            if facts.of(result).channels is None:  # of what goes, a layer may have been the only one to show them
+                facts.know(result, channels=facts.of(node).channels)
             # A sum names its terms, which have just changed, also where a stack holds them.
             for reader in result.users:
                 self.graph.forget((reader, *reader.users))

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, compose
 from reparam.errors import AlgebraError
-from reparam.graph import facts, views
+from reparam.graph import facts, shuffles, views
 from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import Refusal, Sum
 from reparam.rewrite.rule import Apply
@@ -121,6 +121,12 @@ def _through(graph: Graph, node: Node, affine: ChannelAffine) -> _Back | None:
         readers = _readers_of_parts(graph, node, part)
         found.through += readers
         found.add(_backward(graph, part.whole, readers, _of_part(part, affine)))
+        return found
+    shuffled = shuffles.read(node)
+    if shuffled is not None:
+        permutation, source, chain = shuffled
+        found.through = chain
+        found.add(_backward(graph, source, chain[:1], _passing(node, permutation.back, affine)))
         return found
     parts = _parts_backward(graph, node, affine)
     if parts is None:
@@ -360,13 +366,18 @@ def _into(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAff
         source = graph.source(norm) if node is norm else node
         walk.changes.append((reader, Apply(fused, source, ((1.0, reader),), also=(norm,))))
         return
-    beyond = Walk()
+    beyond, chain = Walk(), [reader]
     try:
-        passed = _affine_forward(graph, node, reader, affine)
+        shuffled = shuffles.read_from(reader)
+        if shuffled is not None:
+            permutation, chain = shuffled
+            passed: ChannelAffine | None = _passing(chain[-1], permutation.forth, affine)
+        else:
+            passed = _affine_forward(graph, node, reader, affine)
         if passed is not None:
-            _forward(graph, norm, reader, passed, beyond)
+            _forward(graph, norm, chain[-1], passed, beyond)
             walk.changes += beyond.changes
-            walk.through += [reader, *beyond.through]
+            walk.through += [*chain, *beyond.through]
             return
     except AlgebraError as reason:
         if not isinstance(operator, AveragePool):
