@@ -50,7 +50,7 @@ class Permute(Operator):
     def __call__(self, x: Tensor) -> Tensor:
         """``up(down(x)[order])``."""
         x = F.pixel_unshuffle(x, self.down) if self.down > 1 else x
-        x = x.index_select(self.axis, self.order)
+        x = x.index_select(self.axis, self.order.to(x.device))
         return F.pixel_shuffle(x, self.up) if self.up > 1 else x
 
     def __str__(self) -> str:
@@ -106,13 +106,12 @@ class Permute(Operator):
         return self.inverse.forth(affine)
 
     def kernel_on(self, channels: int, dimensions: int, device: torch.device | None) -> dict[str, Any]:
-        """A kernel with a single one for each output channel, as large as its blocks; it knows its channels itself.
+        """A single tap, with one input channel for each output channel; it knows its channels itself.
 
         Raises:
-            AlgebraError: It makes positions of channels, or has other ``dimensions``.
+            AlgebraError: It exchanges channels and positions, which makes sizes matter, or has other ``dimensions``.
         """
-        if self.up > 1 or dimensions != self.dimensions:
-            raise AlgebraError("the permutation makes positions of channels, or has other axes")
-        size = (self.down,) * dimensions
+        if not self.keeps_shape or dimensions != self.dimensions:
+            raise AlgebraError("it exchanges channels and positions, or has other axes")
         rows = torch.eye(len(self.order), dtype=torch.float64, device=device)[self.order.to(device)]
-        return {"weight": rows.view(-1, self.in_channels, *size), "stride": size}
+        return {"weight": rows.view(len(rows), len(rows), *[1] * dimensions)}

@@ -20,10 +20,10 @@ TOLERANCE = 1e-9
 
 
 @st.composite
-def permutations(draw: st.DrawFn, *, up: int | None = None, dimensions: int | None = None) -> Permute:
-    dimensions = dimensions if dimensions is not None else draw(st.integers(0, 3))
-    factors = st.integers(1, 3) if dimensions == 2 else st.just(1)
-    down, up = draw(factors), draw(factors) if up is None else up
+def permutations(draw: st.DrawFn, *, plain: bool = False) -> Permute:
+    dimensions = draw(st.integers(0, 3))
+    factors = st.integers(1, 3) if dimensions == 2 and not plain else st.just(1)
+    down, up = draw(factors), draw(factors)
     channels = math.lcm(down**2, up**2) * draw(st.integers(1, 2))
     order = torch.tensor(draw(st.permutations(range(channels))))
     return Permute(order, dimensions, down, up)
@@ -99,44 +99,33 @@ def test_affines_along_other_axes():
     assert Permute(torch.arange(4), down=2).back(number) is number
 
 
-@given(permutations(up=1), seeds)
+@given(permutations(), seeds)
 def test_as_a_convolution(permute, seed):
     x = input_of(permute, seed)
-    conv = as_conv(permute, permute.in_channels, permute.dimensions)
-    x = x.movedim(permute.axis, -1) if permute.dimensions == 0 else x
-    assert torch.equal(conv(x), permute(x))
-
-
-@given(permutations(up=1), st.data())
-def test_beside_a_convolution(permute, data):
-    """``W*f(x)`` and ``f(W*x)`` as one convolution, or not at all."""
-    d, after = permute.dimensions, data.draw(st.booleans())
-    given_channels = {"in_channels": permute.makes[0]} if after else {"out_channels": permute.in_channels}
-    if d:
-        conv = data.draw(convs(d, groups=1, **given_channels))
-    else:
-        rows, columns = (2, permute.makes[0]) if after else (permute.in_channels, 2)
-        conv = Conv(random_tensor((rows, columns), data.draw(seeds)))
-    first, last = (permute, conv) if after else (conv, permute)
-    try:
-        fused = compose(last, first)
-    except AlgebraError:
-        assert after
-        assert conv.pads
-        assert permute.down > 1
+    if not permute.keeps_shape:
+        with pytest.raises(AlgebraError, match="channels and positions"):
+            as_conv(permute, permute.in_channels, permute.dimensions)
         return
-    for x in map(torch.ones, fused.shapes(None)):
-        x = random_tensor(x.shape, data.draw(seeds))
-        try:
-            expected = last(first(x))
-        except RuntimeError:
-            continue  # of a size that the blocks do not divide
-        assert_close(fused(x), expected)
+    conv = as_conv(permute, permute.in_channels, permute.dimensions)
+    assert torch.equal(conv(x.movedim(permute.axis, -1) if permute.dimensions == 0 else x), permute(x))
 
 
-def test_positions_made_of_channels_are_no_convolution():
-    with pytest.raises(AlgebraError, match="makes positions"):
-        as_conv(Permute(torch.arange(4), up=2), 4, 2)
+@given(permutations(plain=True), st.data())
+def test_beside_a_convolution(permute, data):
+    """``W*f(x)`` and ``f(W*x)`` are one convolution."""
+    d, after = permute.dimensions, data.draw(st.booleans())
+    count = permute.in_channels
+    if d:
+        conv = data.draw(convs(d, groups=1, **{"in_channels" if after else "out_channels": count}))
+    else:
+        conv = Conv(random_tensor((2, count) if after else (count, 2), data.draw(seeds)))
+    first, last = (permute, conv) if after else (conv, permute)
+    fused = compose(last, first)
+    assert isinstance(fused, Conv)
+    assert fused.kernel_size == conv.kernel_size
+    for shape in fused.shapes(None):
+        x = random_tensor(shape, data.draw(seeds))
+        assert_close(fused(x), last(first(x)))
 
 
 def test_torchs_own():

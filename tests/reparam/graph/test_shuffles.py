@@ -170,7 +170,7 @@ def test_a_shuffle_next_to_a_convolution_is_its_order_of_channels():
     x = normal(2, 4, 8, 10)
     made = reparam.compile(network.double(), x)
     assert_same(network, made, x)
-    assert made.report.after.kernels == 5
+    assert made.report.after.kernels == 6  # the exchange with positions stays
     assert made.report.after.multiply_adds == made.report.before.multiply_adds
 
 
