@@ -242,7 +242,7 @@ class Tape:
         if id(tensor) not in self.constants:
             self.constants[id(tensor)] = tensor, self.name_for(f"_constant{len(self.made)}", tensor)
         node = self.node("get_attr", self.constants[id(tensor)][1])
-        facts.know(node, kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape))
+        facts.know(node, kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape), dtype=tensor.dtype)
         facts.note(node)
         return node
 

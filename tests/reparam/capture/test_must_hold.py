@@ -917,6 +917,12 @@ def test_attributes_of_the_root_are_kept() -> None:
 # 8. Random numbers, writes to own tensors, autocast.
 
 
+def test_attention_that_drops_nothing_out_draws_no_random_numbers() -> None:
+    """The operator that computes it says that it may; the state of the generator says that it has not."""
+    compiled = reparam.compile(net(lambda s, x: F.scaled_dot_product_attention(y := s.block(x), y, y)), X)
+    assert compiled.report.comparison is not None
+
+
 @pytest.mark.parametrize(
     "forward",
     [
