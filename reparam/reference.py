@@ -44,8 +44,8 @@ class Reference:
         if captured.draws and self.verify:
             self.remarks.append(Remark("capture", "Verify", "", "it draws random numbers; not compared"))
             self.verify = False
-        # The copy that was recorded: others may be using the model meanwhile.
-        model = captured.root
+        # A copy: others may be using the model meanwhile. That which was recorded has modules that recording made.
+        model = capturing.private_copy(model) if self.verify or given else model
         if self.verify:
             # Other numbers: what a graph took for a constant of the model's, and came from an input, is not the same.
             call = _mirrored(self.call)
