@@ -39,13 +39,10 @@ class NormAfterPassage(Rule):
             walk = absorb_backward(graph, node)
         except AlgebraError as reason:
             return Missed(f"not foldable backwards: {reason}")
-        obstacle = graph.relies_on_layout(node)
-        if obstacle is not None:
-            return Missed(obstacle)
         into = " and ".join(describe(operator) for operator, _ in walk.changes)
         message = f"folded {describe(node)} into {into}"
         if not walk.through:
             # A pool that nothing behind it could take the norm in for.
             ((_, pooled),) = walk.changes
-            return Rewrite(((node, replace(pooled, terms=((1.0, node),))),), message)
+            return Rewrite.one(node, replace(pooled, terms=((1.0, node),)), message)
         return Rewrite((*walk.changes, (node, source)), message, (node,), tuple(walk.through))
