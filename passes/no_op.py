@@ -11,11 +11,7 @@ from reparam.rewrite.rule import Rewrite, Rule
 
 
 class RemoveNoOp(Rule):
-    """``1·x + 0 = x``, and a padding by nothing.
-
-    Left alone where Python that was not traced reads either value: it could change one of them in place, and the
-    two would then be the same.
-    """
+    """``1·x + 0 = x``, and a padding by nothing."""
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | None:
         """The source of an identity."""
@@ -26,10 +22,7 @@ class RemoveNoOp(Rule):
                 pass
             case _:
                 return None
-        source = graph.source(node)
-        if _might_be_changed(graph, node, source):
-            return None
-        return Rewrite(((node, source),), "does nothing in eval mode, removed")
+        return Rewrite.one(node, graph.source(node), "does nothing in eval mode, removed")
 
 
 class RemoveViewsUndone(Rule):
@@ -41,15 +34,8 @@ class RemoveViewsUndone(Rule):
         if found is None:
             return None
         source, *views_between = found
-        if _might_be_changed(graph, node, source):
-            return None
         message = "a view that the one before it undoes, removed"
         return Rewrite(((node, source),), message, (node,), tuple(views_between))
-
-
-def _might_be_changed(graph: Graph, node: Node, source: Node) -> bool:
-    """Whether untraced Python reads either of two values that would become one."""
-    return any(graph.is_opaque(reader) for value in (node, source) for reader in value.users)
 
 
 _PERMUTATIONS = frozenset("transpose swapaxes swapdims permute t".split())

@@ -10,7 +10,7 @@ from reparam.algebra.cost import Choice
 from reparam.algebra.operators import Conv, concatenate
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
-from reparam.rewrite.rule import Apply, Missed, Rewrite, Rule, Slice
+from reparam.rewrite.rule import Apply, Rewrite, Rule, Slice
 
 
 class SiblingConvolutions(Rule):
@@ -25,7 +25,7 @@ class SiblingConvolutions(Rule):
 
     last = True
 
-    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | None:
         """Slices of one convolution in the places of several; visited at the first of them."""
         first = graph.op(node)
         if not isinstance(first, Conv):
@@ -40,8 +40,6 @@ class SiblingConvolutions(Rule):
                 siblings.append(reader)
         if len(siblings) < 2:
             return None
-        if graph.is_changed_between(source, siblings[0], siblings[-1]):
-            return Missed("the input of the convolutions may be changed in place between them")
         return self._merge(siblings, source, graph)
 
     def _fits(self, siblings: Sequence[Node], source: Node, graph: Graph) -> bool:

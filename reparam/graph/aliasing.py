@@ -39,6 +39,12 @@ _FROZEN = "its memory is changed in place under another name"
 # torch.nn layers that return their input, or a view of it.
 _RETURNS_INPUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
+# What never makes new memory of its first argument (dropout in eval mode, which is the only one that does nothing).
+_VIEWS = frozenset(
+    """alias alpha_dropout detach dropout dropout1d dropout2d dropout3d feature_alpha_dropout moveaxis movedim permute
+    pos positive squeeze swapaxes swapdims t transpose unflatten unsqueeze view view_as""".split()
+)
+
 # Activations of one value that keep its type, as functions and layers; gradients in place are those out of place.
 _ACTIVATIONS = frozenset("relu relu6 gelu silu hardswish hardsigmoid mish".split())
 _ACTIVATION_LAYERS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
@@ -137,6 +143,38 @@ def _shared(node: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
     if node.op != "call_module" and (changed := written(node, modules)) is not None:
         return [changed]
     return node.all_input_nodes if _may_alias(node, modules) else []
+
+
+def behind(values: Iterable[Node], modules: Mapping[str, nn.Module]) -> set[Node]:
+    """Some values, and all that may lie in their memory because they were made of them."""
+    found, pending = set(values), list(values)
+    while pending:
+        value = pending.pop()
+        new = {reader for reader in value.users if reader not in found and value in _shared(reader, modules)}
+        found |= new
+        pending += new
+    return found
+
+
+def sharing(value: Node, modules: Mapping[str, nn.Module]) -> set[Node]:
+    """All values that may lie in the same memory as ``value``, which is one of them; a caller may pass one twice."""
+    found, pending = {value}, [value]
+    while pending:
+        new = set(_shared(pending.pop(), modules)) - found
+        found |= new
+        pending += new
+    if any(base.op == "placeholder" for base in found):
+        found.update(node for node in value.graph.nodes if node.op == "placeholder")
+    return behind(found, modules)
+
+
+def is_view_of(node: Node, value: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether ``node`` is certain to lie in the memory of ``value`` as that does, whatever it is."""
+    while node is not value:
+        if not (_returns_argument(node, modules) or facts.target_name(node) in _VIEWS) or not node.args:
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
 
 
 def writes_to_inputs(graph: Graph, modules: Mapping[str, nn.Module]) -> bool:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.graph import aliasing, facts, views
 from reparam.graph.graph import Graph, calls, origins
+from reparam.rewrite import safety
 from reparam.rewrite.rule import Add, Apply, Expression, Rewrite, Slice
 
 _NAMES = {Conv: "conv", ConvTranspose: "conv_transpose", ChannelAffine: "affine", AveragePool: "pool", Pad: "pad"}
@@ -128,7 +129,7 @@ class Editor:
         """Perform a rewrite; returns the nodes that came and those that went."""
         new: list[Node] = []
         placed: dict[Node, Node] = {}
-        if rewrite.through:
+        if safety.laid_out_anew(self.graph, rewrite):
             self._free_layouts()
         for node, value in rewrite.values:
             twins = self._twins(node, value)

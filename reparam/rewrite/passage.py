@@ -79,7 +79,7 @@ def absorb_backward(graph: Graph, norm: Node) -> Walk:
     for node, affine in found.taken:
         # Several parts of one value come back to it one by one.
         fused[node] = _taking_in(affine, fused.get(node) or graph.op(node))
-    changes = [(node, Apply(made, graph.source(node), ((1.0, node),), also=(norm,))) for node, made in fused.items()]
+    changes = [(node, Apply.one(node, made, graph.source(node), also=(norm,))) for node, made in fused.items()]
     return Walk(changes, list(dict.fromkeys(found.through)))
 
 
@@ -358,7 +358,7 @@ def _into(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAff
         except AlgebraError as reason:
             raise AlgebraError(f"not foldable into {describe(reader)}: {reason}") from None
         source = graph.source(norm) if node is norm else node
-        walk.changes.append((reader, Apply(fused, source, ((1.0, reader),), also=(norm,))))
+        walk.changes.append((reader, Apply.one(reader, fused, source, also=(norm,))))
         return
     beyond = Walk()
     try:
@@ -373,7 +373,7 @@ def _into(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAff
             raise AlgebraError(f"it is also read by {describe(reader)}, which cannot take it in: {reason}") from None
     if isinstance(operator, AveragePool) and node is norm:
         pool = compose(operator, affine)
-        walk.changes.append((reader, Apply(pool, graph.source(norm), ((1.0, reader),), also=(norm,))))
+        walk.changes.append((reader, Apply.one(reader, pool, graph.source(norm), also=(norm,))))
         return
     raise AlgebraError(f"it is also read by {describe(reader)}, which cannot take it in")
 
