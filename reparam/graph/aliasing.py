@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from reparam.algebra.operators import ChannelAffine, Operator
-from reparam.graph import facts
+from reparam.graph import facts, names
 from reparam.graph.leaves import carries_hooks, is_leaf
 
 _OPERATORS = {
@@ -240,7 +240,7 @@ def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 def _converts(node: Node) -> bool:
     """Whether the result in place is known to be of another type than it would be out of place."""
     kinds = [
-        facts.of(source).dtype or (source.name if facts.target_name(source) in facts.CONVERSIONS else None)
+        facts.of(source).dtype or (source.name if facts.target_name(source) in names.CONVERSIONS else None)
         for source in node.all_input_nodes
     ]
     return any(kind != kinds[0] for kind in kinds[1:])
@@ -304,22 +304,8 @@ def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
                 return not facts.reads_only_metadata(node)
             if isinstance(node.target, OpOverload):
                 return any(result.alias_info is not None for result in node.target._schema.returns)
-            return _schema_aliases(facts.target_name(node))
+            return names.may_alias(facts.target_name(node))
     return False
-
-
-@cache
-def _schema_aliases(name: str) -> bool:
-    """Whether any torch operator of this name may return a view; true for names that torch does not know."""
-    if name.startswith(("dropout", "alpha_dropout", "feature_")):
-        return True
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return not (hasattr(F, name) or hasattr(operator, name))
-    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
-    return any(
-        result.alias_info is not None for schema in schemas if not schema.is_mutable for result in schema.returns
-    )
 
 
 def _same_tensor(node: Node, modules: Mapping[str, nn.Module]) -> set[Node]:

@@ -22,19 +22,17 @@ from torch.fx import Node
 
 from reparam.algebra.operators import ZEROS, AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose
 from reparam.errors import AlgebraError
-from reparam.graph import facts, views
+from reparam.graph import facts, names, views
 from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import Refusal, Sum
 from reparam.rewrite.rule import Apply
 
 # Operations whose results are means of their inputs, which any affine passes.
-_MEANS = frozenset(
-    [f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)] + ["mean", "interpolate", "upsample"]
-)
+_MEANS = names.RESAMPLINGS | {"mean", *(pool for pool in names.POOLS if "avg" in pool)}
 _MEAN_LAYERS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)
 
 # Operations whose results are the largest of their inputs.
-_MAXIMA = frozenset([f"{kind}_pool{n}d" for kind in ("max", "adaptive_max") for n in (1, 2, 3)] + ["amax"])
+_MAXIMA = {"amax", *(pool for pool in names.POOLS if "max" in pool)}
 _MAXIMUM_LAYERS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
 
 
