@@ -58,8 +58,9 @@ RANDOM = row(
 # ATen's operators that are pointwise, or keep the shape of their first input in another way, and have no tag of it.
 KEEP_SHAPE = NORMS | DROPOUTS | CONVERSIONS | row(
     """_conj _prelu_kernel _softmax _log_softmax _to_copy alias contiguous copy cummax cummin cumprod cumsum detach
-    flip hardswish log_sigmoid_forward log_softmax logcumsumexp prelu renorm resolve_conj resolve_neg roll rrelu
-    rrelu_with_noise softmax tril triu"""
+    empty_like flip full_like hardswish log_sigmoid_forward log_softmax logcumsumexp msort ones_like prelu rand_like
+    randint_like randn_like renorm resolve_conj resolve_neg roll rrelu rrelu_with_noise softmax tril triu zero
+    zeros_like"""
 )  # fmt: skip
 # What Python, or NumPy, calls operators that torch calls something else.
 _OTHER_NAMES = {
