@@ -36,12 +36,8 @@ _OPERATORS = {
 OUTSIDE = "it is outside of what where= selects"
 _FROZEN = "its memory is changed in place under another name"
 
-# torch.nn layers that return their input, or a view of it.
-_RETURNS_INPUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
-
-# Activations of one value that keep its type, as functions and layers; gradients in place are those out of place.
+# Activations of one value that keep its type; gradients in place are those out of place.
 _ACTIVATIONS = frozenset("relu relu6 gelu silu hardswish hardsigmoid mish".split())
-_ACTIVATION_LAYERS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
 GELU_ = torch._C._nn.gelu_  # type: ignore[attr-defined]  # without a name in torch.nn.functional
 _OVERWRITING: dict[Any, Any] = {torch.relu: torch.relu_, F.gelu: GELU_}
 
@@ -298,7 +294,7 @@ def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         case "call_module":
             module = modules[str(node.target)]
             known = type(module).__module__.startswith("torch.nn")
-            return not known or isinstance(module, _RETURNS_INPUT) or bool(getattr(module, "inplace", False))
+            return not known or isinstance(module, names.VIEW_LAYERS) or bool(getattr(module, "inplace", False))
         case "call_function" | "call_method":
             if is_in_place(node, modules) or node.target in (getattr, operator.getitem):
                 return not facts.reads_only_metadata(node)
@@ -352,13 +348,13 @@ def work_in_place(graph: Graph, modules: MutableMapping[str, Any]) -> None:
     for path, nodes in calls.items():
         if not all(_is_private(_first(node), modules) for node in nodes) or carries_hooks(modules[path]):
             continue
-        if type(modules[path]) is nn.GELU:  # which has no in-place form, as its function has none
+        if names.function_of(modules[path]) == "gelu":  # which has no in-place form, as its function has none
             for node in nodes:
                 node.op, node.target = "call_function", GELU_
                 how = modules[path].approximate
                 node.kwargs = {} if how == "none" else {"approximate": how}
             del modules[path]
-        elif isinstance(modules[path], _ACTIVATION_LAYERS) or all(
+        elif names.function_of(modules[path]) in _ACTIVATIONS or all(
             facts.of(node).in_place is not None for node in nodes
         ):
             _set_in_place(path, modules, True)

@@ -19,7 +19,6 @@ from reparam.graph.outputs import Rebuild
 from reparam.modes import below
 from reparam.report import Counts
 
-_FREE_MODULES = (Rebuild, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
 _FREE_FUNCTIONS = names.DROPOUTS | names.row("getitem getattr type_as float _assert assert_is_none")
 
 # Kind of kernel of one call: a field of Counts, "other" for the rest, or None when nothing is launched.
@@ -114,7 +113,11 @@ def module_kind(module: nn.Module) -> str | None:
     if isinstance(module, Affine):
         return "elementwise"
     is_layer = type(module).__module__.startswith("torch.nn.") and not list(module.children())
-    return "other" if is_layer and not isinstance(module, (*_FREE_MODULES, nn.Sequential, nn.ModuleList)) else None
+    return (
+        "other"
+        if is_layer and not isinstance(module, (*names.VIEW_LAYERS, Rebuild, nn.Sequential, nn.ModuleList))
+        else None
+    )
 
 
 def parameters_of(model: nn.Module) -> int:

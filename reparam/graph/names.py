@@ -8,6 +8,7 @@ by hand: what torch has forgotten to tag, and what no tag is about.
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -28,6 +29,7 @@ def row(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
+VIEW_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)  # or their inputs
 CONVOLUTIONS = {f"{kind}{n}d": n for kind in ("conv", "conv_transpose") for n in (1, 2, 3)}
 NORMS = row("batch_norm instance_norm layer_norm group_norm rms_norm local_response_norm")
 NORM_LAYERS = (
@@ -38,7 +40,7 @@ DROPOUTS = row(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout"
 )
 POOLS = {f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
-RESAMPLINGS = row("interpolate upsample")
+RESAMPLINGS = row("interpolate upsample upsampling_nearest2d upsampling_bilinear2d")
 COPIES = row("contiguous clone detach alias")
 PERMUTATIONS = row("transpose swapaxes swapdims permute t")
 RESHAPES = row("view reshape view_as reshape_as")
@@ -58,9 +60,9 @@ RANDOM = row(
 # ATen's operators that are pointwise, or keep the shape of their first input in another way, and have no tag of it.
 KEEP_SHAPE = NORMS | DROPOUTS | CONVERSIONS | row(
     """_conj _prelu_kernel _softmax _log_softmax _to_copy alias contiguous copy cummax cummin cumprod cumsum detach
-    empty_like flip full_like hardswish log_sigmoid_forward log_softmax logcumsumexp msort ones_like prelu rand_like
-    randint_like randn_like renorm resolve_conj resolve_neg roll rrelu rrelu_with_noise softmax tril triu zero
-    zeros_like"""
+    empty_like flip full_like hardswish log_sigmoid_forward log_softmax logcumsumexp msort normalize ones_like prelu
+    rand_like randint_like randn_like renorm resolve_conj resolve_neg roll rrelu rrelu_with_noise softmax tril triu
+    zero zeros_like"""
 )  # fmt: skip
 # What Python, or NumPy, calls operators that torch calls something else.
 _OTHER_NAMES = {
@@ -76,6 +78,13 @@ _FUNCTIONS: dict[tuple[Any, str], bool] = {}
 _LAYERS: dict[tuple[type, str], bool] = {}
 
 
+def function_of(module: nn.Module) -> str:
+    """The name of torch's function that a layer of torch's computes, as far as it is called like that."""
+    cls = leaf_class(type(module))
+    of_torch = cls is not None and cls.__module__.startswith("torch.nn.")
+    return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", str(cls.__name__)).lower() if of_torch and cls else ""
+
+
 @cache
 def is_pointwise(name: str) -> bool:
     """Whether each number that an operator makes is made of those in the same place of its inputs, broadcast.
@@ -83,7 +92,7 @@ def is_pointwise(name: str) -> bool:
     Args:
         name: ATen's name, or Python's own, without a trailing underscore.
     """
-    if name.startswith("i") and hasattr(operator, name) and hasattr(operator, f"__{name}__"):
+    if name.startswith("i") and hasattr(operator, f"__{name[1:]}__"):
         name = name[1:]  # in place
     packet = getattr(torch.ops.aten, _OTHER_NAMES.get(name, name), None)
     overloads = packet.overloads() if packet is not None and name not in _ALSO_REDUCE else ()

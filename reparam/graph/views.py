@@ -22,10 +22,6 @@ from reparam.graph.leaves import carries_hooks, is_leaf
 
 # A known number, an axis of a value (counted from the front), or None.
 Size: TypeAlias = "int | tuple[Node, int] | None"
-_POOLS = (
-    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample,
-)  # fmt: skip
 _REDUCTIONS = frozenset("mean amax amin".split())
 _PRODUCTS = frozenset("matmul bmm einsum".split())
 
@@ -258,15 +254,9 @@ def _of_module(node: Node, module: Any, source: Node, rank: int) -> Axes | None:
             return _unflatten(rank, dim, module.unflattened_size)
         case _ if type(module).__module__ == "torch.nn.modules.padding":
             return _pad(rank, module.padding)
-        case _ if isinstance(module, _POOLS) and not getattr(module, "return_indices", False):
-            return _keeps_first_two(rank, _space(module))
-    return None
-
-
-def _space(module: nn.Module) -> int | None:
-    """The axes that a pooling layer works on, which its class is named after; None for resampling: all but two."""
-    digits = [base.__name__[-2:] for base in type(module).__mro__ if base.__name__[-2:] in ("1d", "2d", "3d")]
-    return int(digits[-1][0]) if digits and not isinstance(module, nn.Upsample) else None
+    name, several = names.function_of(module), getattr(module, "return_indices", False)
+    is_known = (name in names.POOLS or name in names.RESAMPLINGS) and not several
+    return _keeps_first_two(rank, names.POOLS.get(name)) if is_known else None
 
 
 def _of_function(node: Node, source: Node, rank: int) -> Axes | None:

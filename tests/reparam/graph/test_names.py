@@ -56,14 +56,12 @@ NAMESPACES = {
 }
 
 
-def check_that_it_is_pointwise(call: Called) -> None:
-    """Raise where a function of one value does more, or less, than computing with each number by itself."""
+def check_that_it_keeps_the_shape(call: Called) -> None:
+    """Raise where a function of one value does not compute another value of the same kind."""
     torch.manual_seed(0)
     x = torch.rand(2, 3, 4, 5) * 8 - 4
-    other = x.clone()
-    other[1, 2, 3, 4] += 0.1
     try:
-        made, again, changed = (call(value.clone()) for value in (x, x, other))
+        made, again = call(x.clone()), call(x.clone())
     except Exception as error:
         raise Skip("takes no image alone") from error
     if not isinstance(made, Tensor) or made.layout is not torch.strided or made.is_quantized:
@@ -72,13 +70,10 @@ def check_that_it_is_pointwise(call: Called) -> None:
         raise Skip("returns another shape")
     if made.dtype is not x.dtype:
         raise Skip("returns another type")
-    made, again, changed = (value.nan_to_num() for value in (made, again, changed))
     if made.equal(x):
         raise Skip("returns what it is given")
-    if not made.equal(again):
+    if not made.nan_to_num().equal(again.nan_to_num()):
         raise Skip("draws random numbers")
-    if int((made != changed).sum()) > 1:
-        raise Skip("is not pointwise")
 
 
 class Scale(nn.Module):
@@ -98,14 +93,14 @@ def scale_stays_behind(call: Called) -> bool:
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_a_scale_behind_what_is_pointwise_folds_without_an_example(namespace: str) -> None:
+def test_a_scale_behind_what_keeps_the_shape_folds_without_an_example(namespace: str) -> None:
     skipped: dict[str, list[str]] = defaultdict(list)
     folded, stays = [], []
     for name, call in NAMESPACES[namespace]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                check_that_it_is_pointwise(call)
+                check_that_it_keeps_the_shape(call)
                 (stays if scale_stays_behind(call) else folded).append(name)
         except Skip as reason:
             skipped[str(reason)].append(name)
