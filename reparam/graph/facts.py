@@ -1,11 +1,9 @@
 """What is known of a value before it is computed: whether it is a tensor, its rank, its channels.
 
 Which axis a norm works along depends on the rank of its input: axis 1 of a 2-D tensor holds the features that a
-matrix product made, axis 1 of a 3-D tensor does not. Facts come from the operations themselves (a 2-d convolution
-makes 4-D tensors), and from example inputs where there are some. What is not known is None, and nothing is
-rewritten on a guess.
-
-Convolutions are taken to read batches: ``(N, C, L)``, ``(N, C, H, W)``, ``(N, C, D, H, W)``.
+matrix product made, axis 1 of a 3-D tensor does not. Who captures a graph writes down what it has seen: a recorded run
+shows rank and type of every value, as Dynamo's tracing and ONNX's inference do. What is not known is None, and nothing
+is rewritten on a guess.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from reparam.graph import names
@@ -97,11 +95,6 @@ def know(node: Node, **known: Any) -> None:
     node.meta["facts"] = made
 
 
-def is_python(function: Any) -> bool:
-    """Whether a function is one of Python's own, which makes numbers of numbers."""
-    return getattr(function, "__module__", None) in ("math", "builtins")
-
-
 def target_name(node: Node) -> str:
     """Name of what a function or method node calls, without module, overload or trailing underscore.
 
@@ -110,9 +103,10 @@ def target_name(node: Node) -> str:
     """
     if node.op not in ("call_function", "call_method"):
         return ""
-    if isinstance(node.target, OpOverload):
+    packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+    if isinstance(packet, OpOverloadPacket):
         # One of a library's own may be called as one of torch's is, and be something else.
-        return node.target._schema.name.removeprefix("aten::").rstrip("_")
+        return str(packet._qualified_op_name).removeprefix("aten::").rstrip("_")
     if isinstance(node.target, str):
         return node.target.rstrip("_")
     owner = getattr(node.target, "__module__", None) or "torch"
@@ -170,30 +164,27 @@ def indices(index: Any, rank: int) -> list[int | slice | None] | None:
 
 
 def channels_made(node: Node, module: nn.Module | None) -> tuple[int, int] | None:
-    """Number of channels that a layer, or its function on constant weights, makes, and their axis from the end."""
-    name, rank = target_name(node), of(node).rank
-    if module is not None:
-        return _channels_of(module, rank) if is_leaf(module) else None
-    weight = Arguments(node).get(1, "running_mean" if name == "batch_norm" else "weight", None)
-    shape = of(weight).shape if isinstance(weight, Node) and weight.op == "get_attr" else None
-    if not shape:
-        return None
-    if name in names.CONVOLUTIONS:
-        groups = Arguments(node).get(6, "groups", 1)
-        count = shape[1] * groups if "transpose" in name and type(groups) is int else shape[0]
-        return (count, -names.CONVOLUTIONS[name] - 1) if "transpose" not in name or type(groups) is int else None
-    if name == "linear" and len(shape) == 2:
-        return shape[0], -1
-    return (shape[0], 1 - rank) if name == "batch_norm" and rank is not None else None
-
-
-def _channels_of(module: nn.Module, rank: int | None) -> tuple[int, int] | None:
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return module.out_channels, 1 - module.weight.dim()
-    if isinstance(module, nn.Linear):
-        return module.out_features, -1
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and rank is not None:
-        return module.num_features, 1 - rank
+    """Number of channels that a layer, or its function on constants, makes, and their axis counted from the end."""
+    rank = of(node).rank
+    match module:
+        case nn.modules.conv._ConvNd():
+            return module.out_channels, 1 - module.weight.dim()
+        case nn.Linear():
+            return module.out_features, -1
+        case nn.modules.batchnorm._BatchNorm() if rank is not None:
+            return module.num_features, 1 - rank
+    arguments = Arguments(node)
+    constant = arguments.get(1, "running_mean" if target_name(node) == "batch_norm" else "weight", None)
+    shape = of(constant).shape if isinstance(constant, Node) and constant.op == "get_attr" else None
+    match target_name(node), shape, arguments.get(6, "groups", 1):
+        case (("conv1d" | "conv2d" | "conv3d"), (count, *_, _), _):
+            return count, 1 - len(shape or ())
+        case (("conv_transpose1d" | "conv_transpose2d" | "conv_transpose3d"), (_, count, *_), int(groups)):
+            return count * groups, 1 - len(shape or ())
+        case "linear", (count, _), _:
+            return count, -1
+        case "batch_norm", (count,), _ if rank is not None:
+            return count, 1 - rank
     return None
 
 
@@ -228,7 +219,7 @@ def keeps_shape(node: Node) -> bool:
 
 def _is_found_to_keep_shape(node: Node) -> bool:
     name, first = target_name(node), node.args[0] if node.args else None
-    if not name or not isinstance(first, Node) or of(first).kind == "other":
+    if not name or "::" in name or not isinstance(first, Node) or of(first).kind == "other":
         return False
     if name in names.KEEP_SHAPE:
         return True
@@ -240,9 +231,11 @@ def _is_found_to_keep_shape(node: Node) -> bool:
 
 def note(node: Node, module: nn.Module | None = None) -> None:
     """Write down what the target of a node tells of its value."""
+    if module is not None and not is_leaf(module):
+        return
     if (made := channels_made(node, module)) is not None:
         know(node, channels=made, layer=True)
-    if module is not None and is_leaf(module):
+    if module is not None:
         know(node, keeps_shape=names.layer_keeps_shape(module))
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.graph.leaves import leaf_class
@@ -124,7 +123,7 @@ def keeps_shape(function: Any, *args: Any, **kwargs: Any) -> bool:
         args: Its other arguments, none of which is a tensor. Likewise ``kwargs``.
     """
     called = getattr(torch.Tensor, function, None) if isinstance(function, str) else function
-    if called is None or (isinstance(called, OpOverload) and called.namespace != "aten"):
+    if called is None:
         return False
     key = called, repr((args, kwargs))
     if key not in _FUNCTIONS:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import model
+from networks import graph_of, model
 from torch import Tensor, nn
 from torch.overrides import get_overridable_functions
 
 import reparam
+from reparam.graph import facts
 
 Called = Callable[[Tensor], Any]
 
@@ -109,3 +110,22 @@ def test_a_scale_behind_what_keeps_the_shape_folds_without_an_example(namespace:
     print("folded:", *folded)
     assert not stays, f"a scale stays behind {stays}"
     assert len(folded) > 15
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels"),
+    [
+        (lambda self, x: F.conv2d(x, self.wide), (6, -3)),
+        (lambda self, x: F.conv2d(x, self.wide * 2, padding=1), (6, -3)),
+        (lambda self, x: F.conv_transpose2d(x, self.deep, groups=2), (4, -3)),
+        (lambda self, x: F.linear(x, self.flat), (3, -1)),
+        (lambda self, x: F.batch_norm(x, self.mean, self.mean), (8, -3)),
+        (lambda self, x: F.conv2d(x, x[:, :, :1, :1]), None),
+    ],
+)
+def test_a_function_on_constants_makes_as_many_channels_as_its_layer(layer: Any, channels: tuple[int, int]) -> None:
+    tensors = {"wide": torch.ones(6, 8, 3, 3), "deep": torch.ones(8, 2, 1, 1), "flat": torch.ones(3, 5)}
+    graph = graph_of(model(layer, **tensors, mean=torch.ones(8)), torch.ones(8, 8, 4, 5))
+    made = facts.of(graph.fx.output_node().args[0])
+    assert made.channels == channels
+    assert made.layer == (channels is not None)
