@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from reparam.algebra.operators import ChannelAffine, Pad
-from reparam.graph import facts, views
+from reparam.graph import facts, names, views
 from reparam.graph.graph import Graph
 from reparam.rewrite.rule import Rewrite, Rule
 
@@ -38,15 +38,14 @@ class RemoveViewsUndone(Rule):
         return Rewrite(((node, source),), message, (node,), tuple(views_between))
 
 
-_PERMUTATIONS = frozenset("transpose swapaxes swapdims permute t".split())
-_RESHAPES = frozenset("view reshape view_as reshape_as flatten unflatten unsqueeze squeeze".split())
+_RESHAPES = names.RESHAPES | names.row("flatten unflatten unsqueeze squeeze")
 
 
 def _permuted_back(node: Node) -> list[Node] | None:
     """The value whose axes a chain of permutations has put back in order, and the chain but for its end."""
     order: list[int] | None = None
     passed: list[Node] = []
-    while facts.target_name(node) in _PERMUTATIONS and (moved := views.axes(node)) is not None:
+    while facts.target_name(node) in names.PERMUTATIONS and (moved := views.axes(node)) is not None:
         to = [axis for axis in moved.to if axis is not None]
         order = [order[axis] for axis in to] if order is not None else to
         node = node.args[0]  # type: ignore[assignment]

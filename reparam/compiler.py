@@ -302,11 +302,8 @@ def _rewritten(
         if node.op.startswith("call") and not selects(".".join(filter(None, (options.prefix, where)))):
             facts.know(node, frozen=aliasing.OUTSIDE)
     before = measure.kinds_of_graph(captured.graph, modules, replaced)
-    facts.settle_ranks(captured.graph.nodes, modules)
     borders_read = borders.read(captured.graph, modules)
     aliasing.make_out_of_place(captured.graph, modules)
-    # What reads an input after it was changed in place reads the result now.
-    facts.settle_inputs(captured.graph.nodes, modules)
     views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules, options.cost)
     outcome = driver.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)

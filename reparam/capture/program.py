@@ -18,7 +18,6 @@ from reparam.capture.recording import Session
 from reparam.capture.state import UnrecordableError
 from reparam.capture.tape import Call, Recorded
 from reparam.errors import ReparamError
-from reparam.graph import facts
 from reparam.graph.conditions import Argument
 from reparam.graph.leaves import carries_hooks, is_leaf
 from reparam.report import Remark
@@ -211,7 +210,6 @@ def _captured(recorded: Recorded, storages: frozenset[int]) -> Capture:
             recorded.root.__dict__[name] = value
     graph = recorded.graph or Graph()
     graph._tracer_cls = None
-    facts.settle_inputs(graph.nodes, recorded.modules)
     return Capture(
         recorded.root, graph, recorded.modules, storages, recorded.remarks, recorded.graph is not None, recorded.draws,
         recorded.call, recorded.output, recorded.outputs, {

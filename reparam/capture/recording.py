@@ -40,7 +40,7 @@ from reparam.capture.watching import Net, Pieces, Seen, Watched
 from reparam.capture.words import said
 from reparam.compare import clones
 from reparam.errors import first_line
-from reparam.graph import aliasing, facts
+from reparam.graph import aliasing, facts, names
 from reparam.graph.conditions import Argument, kind_of
 from reparam.graph.leaves import carries_hooks, is_leaf
 from reparam.graph.outputs import Rebuild, is_plain
@@ -55,8 +55,6 @@ _HARMLESS = frozenset(
     is_distributed""".split()
 )
 _LAYOUT = frozenset("stride is_contiguous storage_offset data_ptr storage untyped_storage is_set_to".split())
-# Functions whose number of results depends on the size of an axis.
-_SEVERAL = frozenset("chunk split tensor_split unbind unsafe_chunk unsafe_split hsplit vsplit dsplit".split())
 
 
 class Session(TorchFunctionMode):
@@ -795,7 +793,7 @@ class Session(TorchFunctionMode):
     def _constant_call(self, tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
         """A call on constants alone: computed once, now, unless it draws random numbers."""
         name = aten.name_of(func) if isinstance(func, OpOverload) else getattr(func, "__name__", "")
-        if name not in facts.RANDOM or (
+        if name not in names.RANDOM or (
             name.endswith("_") and isinstance(args[0], Tensor) and storage_of(args[0]) in self.storages
         ):
             return func(*args, **kwargs)
@@ -893,7 +891,7 @@ class Session(TorchFunctionMode):
             if not self.wrote:
                 result = self._renamed(tape, result)
             tape.results(result, node)
-            if name in _SEVERAL and isinstance(result, (tuple, list)):
+            if name in names.UNKNOWN_NUMBER and isinstance(result, (tuple, list)):
                 return self._several(tape, node, args, kwargs, result)
         return result
 

@@ -242,8 +242,7 @@ class Tape:
         if id(tensor) not in self.constants:
             self.constants[id(tensor)] = tensor, self.name_for(f"_constant{len(self.made)}", tensor)
         node = self.node("get_attr", self.constants[id(tensor)][1])
-        facts.know(node, kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape), dtype=tensor.dtype)
-        facts.note(node)
+        facts.note_value(node, tensor)
         return node
 
     def name_for(self, name: str, value: Any) -> str:
@@ -275,7 +274,6 @@ class Tape:
                 args = tuple(self.number(item) if isinstance(item, Number) else item for item in operands)
                 made = self.node("call_function", function, args)
         facts.know(made, kind="other", example=number.hint)
-        facts.note(made)
         self.valueless.add(made)
         self.numbers[number.key] = made
         self.number_nodes[made] = number

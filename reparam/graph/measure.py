@@ -7,33 +7,19 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from reparam.graph import facts
+from reparam.graph import facts, names
 from reparam.graph.affine import Affine
 from reparam.graph.outputs import Rebuild
 from reparam.modes import below
 from reparam.report import Counts
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
-    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
-)  # fmt: skip
-_NORM_FUNCTIONS = frozenset("batch_norm instance_norm layer_norm group_norm rms_norm local_response_norm".split())
-_CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
-_ELEMENTWISE = frozenset(
-    """add iadd sub isub subtract rsub mul imul multiply truediv itruediv div divide true_divide neg negative addcmul
-    pow maximum minimum""".split()
-)
-_FREE_MODULES = (Rebuild, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
-_FREE_FUNCTIONS = frozenset(
-    """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as
-    chunk split split_with_sizes unbind narrow select detach dropout dropout2d alpha_dropout getitem getattr
-    contiguous t to type_as float _assert assert_is_none""".split()
-)
+_FREE_FUNCTIONS = names.DROPOUTS | names.row("getitem getattr type_as float _assert assert_is_none")
 
 # Kind of kernel of one call: a field of Counts, "other" for the rest, or None when nothing is launched.
 Kinds: TypeAlias = "list[str]"
@@ -67,15 +53,20 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
     if node.op not in ("call_function", "call_method") or facts.reads_only_metadata(node):
         return []
     name = facts.target_name(node)
-    if name in _CONV_FUNCTIONS:
+    if name in names.CONVOLUTIONS:
         return ["convolutions"]
     if name == "linear":
         return ["linears"]
-    if name in _NORM_FUNCTIONS:
+    if name in names.NORMS:
         return ["norms"]
-    if name in _ELEMENTWISE:
+    if name in names.ARITHMETIC:
         return ["elementwise"] if facts.of(node).kind != "other" else []
-    return [] if name in _FREE_FUNCTIONS or facts.of(node).kind == "other" else ["other"]
+    is_free = (
+        name in _FREE_FUNCTIONS
+        or (names.is_view(name) and node.target is not F.unfold)
+        or facts.of(node).kind == "other"
+    )
+    return [] if is_free else ["other"]
 
 
 def kinds_inside(module: nn.Module, replaced: Mapping[nn.Module, Kinds]) -> list[str]:
@@ -117,12 +108,16 @@ def module_kind(module: nn.Module) -> str | None:
         return "convolutions"
     if isinstance(module, nn.Linear):
         return "linears"
-    if isinstance(module, _NORMS):
+    if isinstance(module, names.NORM_LAYERS):
         return "norms"
     if isinstance(module, Affine):
         return "elementwise"
     is_layer = type(module).__module__.startswith("torch.nn.") and not list(module.children())
-    return "other" if is_layer and not isinstance(module, (*_FREE_MODULES, nn.Sequential, nn.ModuleList)) else None
+    return (
+        "other"
+        if is_layer and not isinstance(module, (*names.VIEW_LAYERS, Rebuild, nn.Sequential, nn.ModuleList))
+        else None
+    )
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -38,7 +38,6 @@ class Editor:
         """
         thawed = self._thaw()
         known = {node: _known(node) for node in self.graph.fx.nodes}
-        facts.settle_ranks(self.graph.fx.nodes, self.graph.modules)
         views.settle(self.graph.fx.nodes, self.graph.modules)
         changed = {node for node, before in known.items() if _known(node) != before}
         affected = [

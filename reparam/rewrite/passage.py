@@ -17,25 +17,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from reparam.algebra.operators import ZEROS, AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose
 from reparam.errors import AlgebraError
-from reparam.graph import facts, views
+from reparam.graph import facts, names, views
 from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import Refusal, Sum
 from reparam.rewrite.rule import Apply
 
 # Operations whose results are means of their inputs, which any affine passes.
-_MEANS = frozenset(
-    [f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)] + ["mean", "interpolate", "upsample"]
-)
-_MEAN_LAYERS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)
+_MEANS = names.RESAMPLINGS | {"mean", *(pool for pool in names.POOLS if "avg" in pool)}
 
 # Operations whose results are the largest of their inputs.
-_MAXIMA = frozenset([f"{kind}_pool{n}d" for kind in ("max", "adaptive_max") for n in (1, 2, 3)] + ["amax"])
-_MAXIMUM_LAYERS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+_MAXIMA = {"amax", *(pool for pool in names.POOLS if "max" in pool)}
 
 
 @dataclass
@@ -259,10 +255,10 @@ def _only_axis(moved: views.Axes, source: Node, count: int) -> int | None:
 
 def _check_values(graph: Graph, node: Node, affine: ChannelAffine) -> None:
     """Raise when a node does more than move values about, and what it does to them does not commute."""
-    name = facts.target_name(node) if node.op != "call_module" else ""
     module = graph.modules.get(str(node.target)) if node.op == "call_module" else None
+    name = facts.target_name(node) if module is None else names.function_of(module)
     operator = graph.op(node)
-    if name in _MAXIMA or isinstance(module, _MAXIMUM_LAYERS):
+    if name in _MAXIMA:
         if bool((affine.scale < 0).any()):
             raise AlgebraError(f"a negative scale turns the maxima of {describe(node)} into minima")
     elif name == "amin":
@@ -277,12 +273,12 @@ def _check_values(graph: Graph, node: Node, affine: ChannelAffine) -> None:
     elif isinstance(operator, AveragePool):
         if any(operator.padding) or operator.divisor is not None:
             raise AlgebraError(f"{describe(node)} pads with zeros, which the shift would not reach")
-    elif name in _MEANS or isinstance(module, _MEAN_LAYERS):
+    elif name in _MEANS:
         arguments = facts.Arguments(node)
         padding = getattr(module, "padding", 0) if module is not None else arguments.get(3, "padding", 0)
         counted = getattr(module, "count_include_pad", True) if module else arguments.get(5, "count_include_pad", True)
         divisor = getattr(module, "divisor_override", None) if module else arguments.named("divisor_override")
-        is_pool = name.startswith("avg_pool") or isinstance(module, nn.modules.pooling._AvgPoolNd)
+        is_pool = name.startswith("avg_pool")
         if is_pool and (divisor is not None or (padding not in (0, (0,), (0, 0), (0, 0, 0)) and counted is not False)):
             raise AlgebraError(f"{describe(node)} pads with zeros, which the shift would not reach")
 

@@ -188,8 +188,8 @@ class _Candidates:
     def _row(self, operators: Sequence[Operator]) -> nn.Sequential:
         """Operators in a row, the last one first, as layers."""
         rows = [layers.layers(_filled(operator), self.dtype) for operator in reversed(operators)]
-        layers = [variants.layer(self.variant, made.to(self.device)) for row in rows for made in row]
-        return nn.Sequential(*layers).eval()
+        row = [variants.layer(self.variant, made.to(self.device)) for row in rows for made in row]
+        return nn.Sequential(*row).eval()
 
     def _run(self, function: Callable[[Tensor], object]) -> Run:
         assert self.choice.shape is not None
