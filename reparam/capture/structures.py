@@ -36,15 +36,3 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if type(value) is slice:
         return slice(function(value.start), function(value.stop), function(value.step))
     return function(value)
-
-
-def containers(value: Any) -> Iterator[list[Any]]:
-    """All lists in nested tuples, lists and dicts."""
-    if isinstance(value, list):
-        yield value
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from containers(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from containers(item)
