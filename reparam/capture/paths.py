@@ -189,14 +189,14 @@ def in_all_ways(
     """
     session.refused_size = False
     call = mapped((args, kwargs), hinted)
-    recorded, base = _way(session, module, path, call)
+    recorded, base = _way(session, module, call)
     tree = Tree(base)
     with session.unrecorded():
         others = list(other_calls(call))
     for other in others:
         if not tree.is_complete():
             try:
-                way = _way(session, module, path, other)[1]
+                way = _way(session, module, other)[1]
             except Exception:  # it takes no such images
                 continue
             tree.add(way)
@@ -214,11 +214,11 @@ def in_all_ways(
     return result
 
 
-def _way(session: Session, module: nn.Module, path: str, call: Call) -> tuple[Capture, Path]:
+def _way(session: Session, module: nn.Module, call: Call) -> tuple[Capture, Path]:
     """One way in which a module decides."""
     session.collecting.append([])
     try:
-        recorded = session.record_module(module, path, call, is_part=True)
+        recorded = session.record_module(module, call, is_part=True)
     except Exception as error:
         if error is session.genuine:
             session.genuine = None

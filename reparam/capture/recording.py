@@ -25,7 +25,7 @@ from reparam.capture.calls import Calls, quiet
 from reparam.capture.changes import Changes
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.paths import DifferError, in_all_ways
-from reparam.capture.sizes import OURS, SYMBOLIC, Number, hinted, symbolic
+from reparam.capture.sizes import OURS, SYMBOLIC, hinted
 from reparam.capture.state import UnrecordableError, Writes
 from reparam.capture.structures import leaves, mapped
 from reparam.capture.tape import Call, Capture, Frame, RestartError, Tape, tidy
@@ -88,7 +88,7 @@ class Session(Calls):
                 self.changes = Changes(self.modules)
                 try:
                     with torch.random.fork_rng(devices=()), torch.no_grad(), self, below(Net(self)):
-                        recorded = "" if entries else self.record_module(self.root, "", cloned(call))
+                        recorded = "" if entries else self.record_module(self.root, cloned(call))
                         calls = entries or [("forward", call)]
                         if isinstance(recorded, str):
                             recorded = self._run_as_python(calls, recorded)
@@ -171,7 +171,7 @@ class Session(Calls):
         """Run the root as it is, and record its parts."""
         modules = dict(self.root.named_modules())
         recorded = Capture(self.root, Graph(), modules, traced=False, call=cloned(entries[0][1]))
-        tape = Tape(self, self.root, "", is_part=False)
+        tape = Tape(self, self.root, is_part=False)
         if reason:
             recorded.remarks.append(Remark("capture", "Record", "", f"kept as Python: {reason}"))
         self.stack.append(tape)
@@ -185,11 +185,11 @@ class Session(Calls):
         recorded.remarks += tape.remarks
         return recorded
 
-    def record_module(self, module: nn.Module, prefix: str, call: Call, *, is_part: bool = False) -> Capture | str:
+    def record_module(self, module: nn.Module, call: Call, *, is_part: bool = False) -> Capture | str:
         """A call of a module as a graph; the reason where that cannot be."""
         kept = self.inside, self.paused
         self.inside, self.paused = 1, 0  # what is done here is nobody's business
-        tape = Tape(self, module, prefix, is_part)
+        tape = Tape(self, module, is_part)
         with quiet():
             recorded = Capture(module, tape.graph, tape.modules, call=cloned(call))
         self.stack.append(tape)
@@ -292,11 +292,8 @@ class Session(Calls):
             if same is not None and isinstance(value, Tensor):
                 kind = "same", same.name
             tape.arguments.append(Argument(stars + name, kind, (default,) if has_default else ()))
-            tape.note(node, value)
-            if kind[0] == "number":
-                bound[name] = symbolic(Number(self, None, (node,), value))
-            else:
-                tape.given(value, node)
+            if (given := tape.given(value, node, name in bound)) is not value:
+                bound[name] = given
         tape.valueless.difference_update(tape.graph.nodes)
         return call_.args, call_.kwargs
 
@@ -464,12 +461,12 @@ class Session(Calls):
                 known.alike = known.alike and _kinds((args, kwargs)) == _kinds(known.call)
         else:
             with quiet():
-                path = ".".join(filter(None, (tape.prefix, tape.paths[module])))
+                path = tape.paths[module]
                 obstacle = self.changes.obstacle(module)
             if obstacle is not None:
                 self.opaque[module] = obstacle
                 return self._part(tape, module, args, kwargs)
-            recorded = self.record_module(module, path, (args, kwargs), is_part=True)
+            recorded = self.record_module(module, (args, kwargs), is_part=True)
             if isinstance(recorded, Capture):
                 if aliasing.writes_to_inputs(recorded.graph, recorded.modules):
                     self.opaque[module] = "it changes its inputs in place"
@@ -509,17 +506,10 @@ class Replay(torch.fx.Interpreter):
 
 
 def _holds_numbers(kind: tuple[Any, ...]) -> bool:
-    """Whether a container among the arguments holds numbers."""
-    match kind:
-        case "sequence", *kinds:
-            return any(_is_number(item) or _holds_numbers(item) for item in kinds)
-        case (("dict" | "object"), *entries):
-            return any(_is_number(item[1]) or _holds_numbers(item[1]) for item in entries if isinstance(item, tuple))
-    return False
-
-
-def _is_number(kind: tuple[Any, ...]) -> bool:
-    return kind[0] == "constant" and type(kind[1]) in (int, float)
+    """Whether an argument is held to numbers."""
+    if kind[0] == "constant" and not isinstance(kind[1], tuple):
+        return type(kind[1]) in (int, float)
+    return any(_holds_numbers(item) for item in kind if isinstance(item, tuple) and item)
 
 
 def _kinds(call: Any) -> Any:

@@ -192,6 +192,8 @@ def is_always(number: Number, outcome: bool, first: int) -> bool:
 def _name(value: Node) -> str:
     if value.op == "call_module":
         return f"what {value.target} returns"
+    if value.target is operator.getitem and isinstance(value.args[0], type(value)):
+        return f"{_name(value.args[0])}[{value.args[1]!r}]"
     return str(value.target) if value.op == "placeholder" else value.name
 
 

@@ -103,8 +103,8 @@ class RestartError(BaseException):
 class Tape:
     """The record of one module: its graph, and which node every live tensor is."""
 
-    def __init__(self, session: Session, root: nn.Module, prefix: str, is_part: bool) -> None:
-        self.session, self.root, self.prefix, self.is_part = session, root, prefix, is_part
+    def __init__(self, session: Session, root: nn.Module, is_part: bool) -> None:
+        self.session, self.root, self.is_part = session, root, is_part
         self.graph = Graph()
         self.modules = dict(root.named_modules())
         self.paths = {module: path for path, module in reversed(self.modules.items())}
@@ -205,20 +205,28 @@ class Tape:
             numbers = self.results(part, inner, None, (*seen, id(value))) or numbers
         return numbers
 
-    def given(self, value: Any, node: Node) -> None:
-        """Find the tensors in an argument."""
-        if isinstance(value, Tensor):
-            facts.know(node, device=value.device)
-            self.bind(value, node)
-        elif isinstance(value, Mapping) or type(value) in (tuple, list):
-            for name, item in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
-                if any(isinstance(leaf, Tensor) for leaf in leaves(item)) or hasattr(item, "__dict__"):
-                    inner = self.node("call_function", operator.getitem, (node, name))
-                    self.containers.add(inner)
-                    self.note(inner, item)
-                    self.given(item, inner)
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
+    def given(self, value: Any, node: Node, is_number: bool) -> Any:
+        """An argument as Python gets it: with numbers of the graph for numbers, unless it is no number that may differ.
+
+        The tensors in it are values of the graph from here on.
+        """
+        if type(value) in (int, float) and is_number:
+            return symbolic(Number(self.session, None, (node,), value))
+        if type(value) not in (tuple, list, dict, torch.Size):
             self.results(value, node)
+            if isinstance(value, Tensor):
+                facts.know(node, device=value.device)
+            return value
+        self.note(node, value)
+        items = dict(value.items() if isinstance(value, dict) else enumerate(value))
+        made = {}
+        for key, item in items.items():
+            inner = self.node("call_function", operator.getitem, (node, key))
+            self.containers.add(inner)
+            made[key] = self.given(item, inner, is_number)
+        if all(made[key] is item for key, item in items.items()):
+            return value
+        return made if isinstance(value, dict) else type(value)(made.values())
 
     def argument(self, value: Any) -> Any:
         """An argument of a call as the graph has it."""
