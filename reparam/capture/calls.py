@@ -18,17 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from reparam.capture import aten
 from reparam.capture.copies import storage_of
 from reparam.capture.demands import is_demanded, is_guarded
-from reparam.capture.sizes import (
-    NEGATED,
-    OURS,
-    SYMBOLIC,
-    Number,
-    hinted,
-    is_about_nothing,
-    is_always,
-    pinned,
-    words,
-)
+from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_about_nothing, is_always, pinned, words
 from reparam.capture.state import UnrecordableError
 from reparam.capture.structures import leaves, mapped
 from reparam.capture.tape import Frame, Tape

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from reparam.capture.caches import is_same
+from reparam.capture.captured import Call, Capture
 from reparam.capture.copies import OWN_DICTS
 from reparam.capture.sizes import SYMBOLIC, hinted
 from reparam.capture.state import Remembers, State, writes_undone
@@ -137,3 +140,31 @@ def _is_same(a: Any, b: Any) -> bool:
         else type(x) is type(y) and (not isinstance(x, _NUMBERS) or x == y)
         for x, y in zip_longest(leaves(a), leaves(b), fillvalue=leaves)
     )
+
+
+def replayed(recorded: Capture, call: Call) -> Any:
+    """What a graph computes of a call."""
+    args, kwargs = cloned(call)
+    return Replay(recorded, inspect.signature(recorded.root.forward).bind(*args, **kwargs).arguments).run()
+
+
+class Replay(torch.fx.Interpreter):
+    """Runs a graph whose root does not hold yet what was made for it."""
+
+    def __init__(self, recorded: Capture, given: dict[str, Any]) -> None:
+        super().__init__(recorded.root, graph=recorded.graph)
+        self.made, self.given = recorded.made, given
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An argument of the call."""
+        return self.given.get(target.lstrip("*"), args[0] if args else {} if target.startswith("**") else ())
+
+    def fetch_attr(self, target: str) -> Any:
+        """A tensor or a module."""
+        return self.made[target] if target in self.made else super().fetch_attr(target)
+
+
+def cloned(call: Call) -> Call:
+    """Arguments on copies of their tensors."""
+    args, kwargs = clones((tuple(call[0]), dict(call[1])))
+    return args, kwargs

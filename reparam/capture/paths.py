@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from reparam.capture.calls import quiet
+from reparam.capture.captured import Call, Capture
 from reparam.capture.sizes import SYMBOLIC, Number, hinted
 from reparam.capture.state import UnrecordableError
 from reparam.capture.structures import leaves, mapped
-from reparam.capture.tape import Call, Capture, Tape
+from reparam.capture.tape import Tape
 from reparam.errors import first_line
 from reparam.graph import facts
 from reparam.graph.conditions import select

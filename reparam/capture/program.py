@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,12 +11,11 @@ from torch.fx import Graph
 
 from reparam.capture import parameters
 from reparam.capture.caches import forgotten, is_same
+from reparam.capture.captured import Call, Capture
 from reparam.capture.copies import private_copy, tensor_storages
 from reparam.capture.examples import guesses, inputs_of
 from reparam.capture.recording import Session
 from reparam.capture.state import UnrecordableError
-from reparam.capture.tape import Call
-from reparam.capture.tape import Capture as Capture
 from reparam.errors import ReparamError
 from reparam.graph import facts
 from reparam.graph.leaves import carries_hooks, is_leaf
@@ -66,7 +66,7 @@ def capture_parts(
         if found is None or found.call is None:
             return _without_example(root, storages, sizes)
         known = [(name, found.call) for name, _ in entries]
-    try:
+    with _explained():
         whole = _finished(Session(root, free=sizes == "any").record(known[0][1], entries=known), storages)
         wanted = {module for part in _all(whole.parts) for span in spans(part) if (module := _within(part, span))}
         again = private_copy(model)
@@ -75,8 +75,6 @@ def capture_parts(
         only = frozenset(places[path] for path, module in root.named_modules() if module in wanted)
         session = Session(again, free=sizes == "any", only=only)
         return _finished(session.record(known[0][1], entries=known), tensor_storages(again.modules()) | storages)
-    except UnrecordableError as error:
-        raise ReparamError(f"the model does not run on the example inputs: {error}") from error
 
 
 def _all(parts: Mapping[str, Capture]) -> Iterator[Capture]:
@@ -102,7 +100,7 @@ def record(root: nn.Module, call: Call | None = None, *, sizes: str = "any") -> 
     storages = tensor_storages(root.modules())
     if call is None:
         return _without_example(root, storages, sizes)
-    try:
+    with _explained():
         recorded = Session(root, free=sizes == "any").record(call)
         if recorded.by_size:
             # What it decided by may be what it remembers of earlier calls.
@@ -111,11 +109,16 @@ def record(root: nn.Module, call: Call | None = None, *, sizes: str = "any") -> 
                     again = Session(root, free=sizes == "any").record(call)
                     recorded = again if is_same(again.output, recorded.output) else recorded
         return _finished(recorded, storages)
-    except UnrecordableError as error:
-        raise ReparamError(f"the model does not run on the example inputs: {error}") from error
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise as a ReparamError that a model does not run."""
+    try:
+        yield
     except ReparamError:
         raise
-    except Exception as error:
+    except (Exception, UnrecordableError) as error:
         raise ReparamError(f"the model does not run on the example inputs: {error}") from error
 
 

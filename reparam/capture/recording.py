@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from reparam.capture.calls import Calls, quiet
-from reparam.capture.changes import Changes
+from reparam.capture.captured import Call, Capture
+from reparam.capture.changes import Changes, cloned, replayed
 from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.paths import DifferError, in_all_ways
 from reparam.capture.sizes import OURS, SYMBOLIC, hinted
 from reparam.capture.state import UnrecordableError, Writes
 from reparam.capture.structures import leaves, mapped
-from reparam.capture.tape import Call, Capture, Frame, RestartError, Tape, tidy
+from reparam.capture.tape import Frame, RestartError, Tape, tidy
 from reparam.capture.watching import Net, Seen, Watched
-from reparam.compare import clones
 from reparam.errors import first_line
 from reparam.graph import aliasing, facts
 from reparam.graph.conditions import Argument, kind_of
@@ -138,7 +138,7 @@ class Session(Calls):
                 results.append(getattr(self.root, name)(*args, **kwargs))
             return results[0]
 
-        graph = partial(_replayed, recorded, calls[0][1]) if recorded.traced else None
+        graph = partial(replayed, recorded, calls[0][1]) if recorded.traced else None
         above = {child: module for module in self.modules for child in module.children()}
         stays = {}
         for module, reason in self.changes.unstable(run, graph).items():
@@ -374,7 +374,7 @@ class Session(Calls):
             is_seen = any(tape.is_activation(leaf) or isinstance(leaf, SYMBOLIC) for leaf in leaves((args, kwargs)))
             if not is_seen and not carries_hooks(module):
                 return module._call_impl(*args, **kwargs)
-            return self._leaf(tape, module, path, args, kwargs, reason)
+            return self._leaf(tape, module, (args, kwargs), reason)
         try:
             result = self._attempt(tape, frame, partial(module._call_impl, *args, **kwargs))
         except StaysError as error:
@@ -386,7 +386,7 @@ class Session(Calls):
                 except DifferError:
                     pass
             reason = f"{type(module).__name__} is kept as it is: {error}"
-            return self._leaf(tape, module, path, args, kwargs, reason)
+            return self._leaf(tape, module, (args, kwargs), reason)
         tape.frames.pop()
         if set_before is not None or self.changes.set_around(module) is not None:
             self.changes.leave(module)
@@ -404,18 +404,11 @@ class Session(Calls):
         known = self.opaque.get(module)
         return known is not None, None if known is None else f"{name} is kept as it is: {known}"
 
-    def _leaf(
-        self,
-        tape: Tape,
-        module: nn.Module,
-        path: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        reason: str | None,
-    ) -> Any:
-        """Run a module as one leaf; ``reason`` says why it is one, None for a layer of torch's."""
+    def _leaf(self, tape: Tape, module: nn.Module, call: Call, reason: str | None) -> Any:
+        """What a module returns, run as one leaf; ``reason`` says why it is one, None for a layer of torch's."""
+        (args, kwargs), path = call, tape.paths[module]
         with quiet():
-            given = mapped((tuple(args), kwargs), tape.argument)
+            given = mapped(call, tape.argument)
         hooked = carries_hooks(module)
         if reason is None:
             try:
@@ -483,28 +476,6 @@ class Session(Calls):
             return module._call_impl(*args, **kwargs)
 
 
-def _replayed(recorded: Capture, call: Call) -> Any:
-    """What a graph computes of a call."""
-    args, kwargs = cloned(call)
-    return Replay(recorded, inspect.signature(recorded.root.forward).bind(*args, **kwargs).arguments).run()
-
-
-class Replay(torch.fx.Interpreter):
-    """Runs a graph whose root does not hold yet what was made for it."""
-
-    def __init__(self, recorded: Capture, given: dict[str, Any]) -> None:
-        super().__init__(recorded.root, graph=recorded.graph)
-        self.made, self.given = recorded.made, given
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An argument of the call."""
-        return self.given.get(target.lstrip("*"), args[0] if args else {} if target.startswith("**") else ())
-
-    def fetch_attr(self, target: str) -> Any:
-        """A tensor or a module."""
-        return self.made[target] if target in self.made else super().fetch_attr(target)
-
-
 def _holds_numbers(kind: tuple[Any, ...]) -> bool:
     """Whether an argument is held to numbers."""
     if kind[0] == "constant" and not isinstance(kind[1], tuple):
@@ -528,9 +499,3 @@ def _plain_numbers(value: Any) -> Any:
     if not any(isinstance(slot, SYMBOLIC) for slot in slots):
         return value
     return Rebuild.of(value, OURS)(*map(hinted, slots))  # type: ignore[operator]
-
-
-def cloned(call: Call) -> Call:
-    """Arguments on copies of their tensors."""
-    args, kwargs = clones((tuple(call[0]), dict(call[1])))
-    return args, kwargs

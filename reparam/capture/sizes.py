@@ -77,17 +77,9 @@ class Number:
 
     # What torch asks.
 
-    def is_int(self) -> bool:
-        """Whether it is an int."""
-        return type(self.hint) is int
-
-    def is_float(self) -> bool:
-        """Whether it is a float."""
-        return type(self.hint) is float
-
-    def is_bool(self) -> bool:
-        """Whether it is a bool."""
-        return type(self.hint) is bool
+    is_int = lambda self: type(self.hint) is int  # noqa: E731
+    is_float = lambda self: type(self.hint) is float  # noqa: E731
+    is_bool = lambda self: type(self.hint) is bool  # noqa: E731
 
     def is_symbolic(self) -> bool:
         """Whether it is more than a number: yes."""

@@ -116,7 +116,9 @@ def test_parts_of_a_number_that_is_asked_for_are_as_many(height: int) -> None:
 
 
 def test_a_remark_on_a_part_in_a_part_has_its_path_once() -> None:
-    asks = model(lambda s, x: s.norm(s.conv(x)) if x.sum() < 1e9 else x, conv=nn.Conv2d(4, 4, 1), norm=nn.GroupNorm(2, 4))
+    asks = model(
+        lambda s, x: s.norm(s.conv(x)) if x.sum() < 1e9 else x, conv=nn.Conv2d(4, 4, 1), norm=nn.GroupNorm(2, 4)
+    )
     middle = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), model(lambda s, x: s.inner(x), inner=asks))
     module = model(lambda s, x: s.middle(x) if x.sum() < 1e9 else x, middle=middle)
     remarks = reparam.compile(module, X).report.remarks
