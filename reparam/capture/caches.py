@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.capture.state import State, writes_undone
+from reparam.capture.structures import resized
 from reparam.compare import compare
 
 # Added to the sizes of an example, or what they are multiplied by.
@@ -107,10 +108,7 @@ def _other(root: nn.Module, call: Any, state: State, restore: bool = True) -> An
 
 
 def _resized(change: Callable[[int], int], x: Tensor) -> Tensor:
-    """Numbers of a tensor over and over, along more of them on every axis of space."""
-    for axis in range(2, x.dim()):
-        x = x.index_select(axis, torch.arange(change(x.shape[axis]), device=x.device) % x.shape[axis])
-    return x
+    return resized(x, {axis: change(x.shape[axis]) for axis in range(2, x.dim())})
 
 
 def is_same(a: Any, b: Any) -> bool:

@@ -23,7 +23,7 @@ from reparam.capture.calls import quiet
 from reparam.capture.captured import Call, Capture
 from reparam.capture.sizes import SYMBOLIC, Number, hinted
 from reparam.capture.state import UnrecordableError
-from reparam.capture.structures import leaves, mapped
+from reparam.capture.structures import leaves, mapped, resized
 from reparam.capture.tape import Tape
 from reparam.errors import first_line
 from reparam.graph import facts
@@ -70,10 +70,7 @@ def other_calls(call: Any) -> Iterator[Any]:
 
 
 def _resized(sides: tuple[int, ...], x: Tensor) -> Tensor:
-    if x.dim() != 4:
-        return x
-    rows, columns = (torch.arange(side, device=x.device) % size for side, size in zip(sides, x.shape[2:], strict=True))
-    return x[:1, :, rows][:, :, :, columns].clone()
+    return resized(x[:1], dict(enumerate(sides, 2))) if x.dim() == 4 else x
 
 
 class Tree:

@@ -96,9 +96,7 @@ class Session(Calls):
                     recorded.by_size, recorded.draws = self.by_size, bool(self.draws)
                     if recorded.parts and not self.watching:
                         self.watching = True  # now that there is Python that stays, and parts that it might look into
-                        self.owners = {
-                            id(t): module for module in reversed(self.modules) for _, t in tensors_in(module)
-                        }
+                        self.owners = {id(t): m for m in reversed(self.modules) for _, t in tensors_in(m)}
                     elif again := self._read_parts(recorded):
                         self.opaque |= again
                     else:

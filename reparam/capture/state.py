@@ -95,11 +95,12 @@ class State:
 
     def restore(self, modules: Iterable[nn.Module]) -> None:
         """Put back attributes, and what was in lists, dicts and sets."""
+        again: dict[int, Any] = {}  # what is shared stays so
         for module in modules:
             attributes = self.attributes[module]
             for name, state in self.hidden[module].items():
                 if _hidden(attributes[name]) != state:
-                    attributes[name] = pickle.loads(state)
+                    attributes[name] = again.setdefault(id(attributes[name]), pickle.loads(state))
             for _, holder, old in (*self.contents[module], *self.hooks[module], ("", module.__dict__, attributes)):
                 put_back(holder, old)
 

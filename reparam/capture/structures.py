@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -36,3 +37,10 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if type(value) is slice:
         return slice(function(value.start), function(value.stop), function(value.step))
     return function(value)
+
+
+def resized(x: Tensor, sizes: Mapping[int, int]) -> Tensor:
+    """The numbers of a tensor over and over, or the first of them, along some axes."""
+    for axis, size in sizes.items():
+        x = x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
+    return x
