@@ -50,7 +50,9 @@ def below(mode: Mode) -> Iterator[Mode]:
     try:
         yield mode
     finally:
-        torch._C._pop_torch_dispatch_stack(None)
+        # After an interrupt, Python may come here late, when the stack has been put back.
+        if _dispatches()[-1:] == [mode]:
+            torch._C._pop_torch_dispatch_stack(None)
 
 
 @contextmanager

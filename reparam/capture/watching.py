@@ -17,7 +17,7 @@ from reparam.capture.state import may_write, written_by
 from reparam.capture.structures import leaves
 
 if TYPE_CHECKING:
-    from reparam.capture.recording import Session
+    from reparam.capture.calls import Calls
 
 
 def _is_mask(value: Any) -> bool:
@@ -28,9 +28,9 @@ class Pieces(tuple[Any, ...]):
     """Several parts of a value. How many there are depends on its size, and is decided by when Python asks."""
 
     number: Any
-    session: Session
+    session: Calls
 
-    def __new__(cls, parts: Iterable[Any], session: Session, number: Any) -> Pieces:
+    def __new__(cls, parts: Iterable[Any], session: Calls, number: Any) -> Pieces:
         """The parts, and their number."""
         made = super().__new__(cls, parts)
         made.session, made.number = session, number
@@ -93,7 +93,7 @@ class Watched(dict[str, Any]):
 class Net(TorchDispatchMode):
     """Below the recorder: what reads an activation unseen, writes to the model, or has to run at every call."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Calls) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.session = session
 
@@ -101,8 +101,7 @@ class Net(TorchDispatchMode):
         session, kwargs = self.session, kwargs or {}
         tape = session.tape
         if tape is None or session.paused:
-            if may_write(func):
-                session.writes_of_python.note(func, args, kwargs)
+            session.note_write(func, args, kwargs)
             return session.note_made(self._run(func, args, kwargs), None)
         if not session.inside and any(tape.is_activation(value) for value in leaves((args, kwargs))):
             session.refuse(f"{func} reads an activation unseen")
