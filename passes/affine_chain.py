@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reparam.algebra.operators import ChannelAffine
+from reparam.algebra import ChannelAffine
 from reparam.passes.compose import Compose
 
 

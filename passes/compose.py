@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
+from reparam.algebra import Operator, compose
 from reparam.algebra.kernels import kernels_of
-from reparam.algebra.operators import Operator, compose
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.rewrite.rule import Apply, Missed, Rewrite, Rule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra.operators import ChannelAffine, Pad
+from reparam.algebra import ChannelAffine, Pad
 from reparam.graph import facts, views
 from reparam.graph.graph import Graph
 from reparam.rewrite.rule import Rewrite, Rule

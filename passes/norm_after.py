@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, ChannelAffine
+from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.passes.compose import Compose
@@ -24,7 +24,7 @@ class NormAfterLinear(Compose):
 class NormAfterPassage(Rule):
     """The same with views, permutations, means, maxima, sums, parts, concatenations or products between the two.
 
-    ``norm(f(conv(x))) = f(norm'(conv(x)))``; see :mod:`reparam.passage` for what an affine passes through.
+    ``norm(f(conv(x))) = f(norm'(conv(x)))``; see :mod:`reparam.rewrite.passage` for what an affine passes through.
     """
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from reparam.algebra import AveragePool, Conv, Operator, Pad, compose
 from reparam.algebra.kernels import kernels_of
-from reparam.algebra.operators import AveragePool, Conv, Operator, Pad, compose
 from reparam.graph.graph import Graph
 from reparam.passes.compose import Compose
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from reparam.algebra import AnyConv, AveragePool, Operator, compose
 from reparam.algebra.cost import Choice
-from reparam.algebra.operators import AnyConv, AveragePool, Operator, compose
 from reparam.graph.graph import Graph
 from reparam.passes.compose import Compose
 
@@ -13,7 +13,7 @@ from reparam.passes.compose import Compose
 class ConvAfterConv(Compose):
     """``W2*(W1*x + b1) + b2 = (W2*W1)*x + (W2·b1 + b2)``; see :meth:`reparam.algebra.Conv.after` for when it is exact.
 
-    Only when the one kernel is no more expensive than the two (see :mod:`reparam.cost`): a 1x1 convolution
+    Only when the one kernel is no more expensive than the two (see :mod:`reparam.algebra.cost`): a 1x1 convolution
     beside a kxk one disappears (Ding et al. 2021, "Diverse Branch Block", arXiv 2103.13425), a bottleneck 64 → 4 → 64
     and a depthwise before a pointwise convolution stay what they are.
     """

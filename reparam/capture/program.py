@@ -32,7 +32,7 @@ class Capture:
         root: Private copy of the model in eval mode, whose modules and tensors the graph refers to. Its tensors
             share memory with the model's own.
         graph: What ``root`` computes. Every node has its scope (module path that it ran in) and what
-            :mod:`reparam.facts` knows. It calls nothing where the root stays Python.
+            :mod:`reparam.graph.facts` knows. It calls nothing where the root stays Python.
         modules: Its modules by path, the root at the empty one.
         storages: Identities of the memory that its tensors, and the model's, lie in.
         remarks: Which modules were left opaque, and why; what the graph depends on.

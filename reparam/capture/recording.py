@@ -232,7 +232,7 @@ class Session(TorchFunctionMode):
     ) -> Recorded | str:
         """Record a call of a module as a graph; the reason where that cannot be."""
         kept = self.inside, self.paused
-        self.inside, self.paused = 1, 0  # what is done here is nobody's business
+        self.inside, self.paused = 1, 0  # what is done here is not recorded
         tape = Tape(self, module, prefix, is_part)
         with quiet():
             recorded = Recorded(module, tape.graph, tape.modules, _cloned(call))
@@ -1105,7 +1105,7 @@ class Session(TorchFunctionMode):
 
 _NOTHING: Any = object()
 
-# Within it, what is asked of a tensor is nobody's business.
+# Within it, what is asked of a tensor is not recorded.
 quiet = torch._C.DisableTorchFunction
 
 

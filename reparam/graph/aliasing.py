@@ -23,7 +23,7 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from reparam.algebra.operators import ChannelAffine, Operator
+from reparam.algebra import ChannelAffine, Operator
 from reparam.graph import facts
 from reparam.graph.leaves import carries_hooks, is_leaf
 

@@ -28,8 +28,7 @@ from reparam.atomic import atomic_write
 from reparam.capture import exported
 from reparam.compare import as_call
 from reparam.deploy.model import graph_of
-from reparam.errors import ReparamError
-from reparam.files.checkpoint import first_line
+from reparam.errors import ReparamError, first_line
 from reparam.graph import facts, measure
 from reparam.graph.graph import Graph
 from reparam.page import drawing

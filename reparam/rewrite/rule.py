@@ -7,7 +7,7 @@ from typing import ClassVar, TypeAlias
 
 from torch.fx import Node
 
-from reparam.algebra.operators import Conv, Operator
+from reparam.algebra import Conv, Operator
 from reparam.graph.graph import Graph
 
 
@@ -103,7 +103,7 @@ class Rule:
     last: ClassVar[bool] = False
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
-        """What replaces ``node``, why nothing does, or None when the rule has no business here."""
+        """What replaces ``node``, why nothing does, or None when the rule does not match."""
         raise NotImplementedError
 
     @property

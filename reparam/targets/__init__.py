@@ -1,7 +1,7 @@
 """Models for every runtime: ONNX, OpenVINO, ExecuTorch, Core ML, ``torch.export`` and AOTInductor.
 
-A target is a module that says how to write and load its files (:mod:`reparam.export.target`); what all of them share,
-from the capture to the comparison and the atomic write, is :func:`export` (:mod:`reparam.export.exporter`).
+A target is a module that says how to write and load its files (:mod:`reparam.targets.target`); what all of them share,
+from the capture to the comparison and the atomic write, is :func:`export` (:mod:`reparam.targets.exporter`).
 """
 
 from __future__ import annotations
