@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from reparam.algebra import AnyConv, Conv, Operator
 from reparam.algebra.cost import Choice, Cost
 from reparam.compare import compare, run
-from reparam.deploy import layers
+from reparam.deploy.layers import layers as layers_of
 from reparam.deploy.model import CompiledModel
 from reparam.errors import ReparamError, VerificationError, first_line
 from reparam.graph.graph import Graph
@@ -188,7 +188,7 @@ class _Candidates:
 
     def _row(self, operators: Sequence[Operator]) -> nn.Sequential:
         """Operators in a row, the last one first, as layers."""
-        rows = [layers.layers(_filled(operator), self.dtype) for operator in reversed(operators)]
+        rows = [layers_of(_filled(operator), self.dtype) for operator in reversed(operators)]
         layers = [variants.layer(self.variant, made.to(self.device)) for row in rows for made in row]
         return nn.Sequential(*layers).eval()
 
