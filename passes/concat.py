@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from reparam.algebra import Conv, concatenate
 from reparam.algebra.cost import Choice
-from reparam.algebra.operators import Conv, concatenate
 from reparam.errors import AlgebraError
 from reparam.graph import views
 from reparam.graph.graph import Graph, describe

@@ -16,7 +16,7 @@ from reparam.rewrite.rule import Missed, Rewrite, Rule
 class NormAfterPassage(Rule):
     """``norm(f(conv(x))) = f(norm'(conv(x)))`` with views, means, maxima, sums, parts or products between the two.
 
-    See :mod:`reparam.passage` for what an affine passes through.
+    See :mod:`reparam.rewrite.passage` for what an affine passes through.
     """
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, ChannelAffine
+from reparam.algebra import AnyConv, ChannelAffine
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.rewrite.passage import absorb_forward

@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 from torch.fx import Node
 
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.algebra.cost import Choice
-from reparam.algebra.operators import AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose, parallel
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import Sum

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from reparam.algebra import Conv, concatenate
 from reparam.algebra.cost import Choice
-from reparam.algebra.operators import Conv, concatenate
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.rewrite.rule import Apply, Rewrite, Rule, Slice
@@ -18,9 +18,9 @@ class SiblingConvolutions(Rule):
 
     The channels of one kernel are handed out without a copy. That reads ``x`` once, and computes as much as before, or
     more where a smaller kernel is written over the taps of a larger one: whether it is faster is for the clock to say
-    (:mod:`reparam.latency`). Unlike :class:`reparam.passes.ConcatenatedBranches`, it needs nobody to put the outputs
-    side by side. Queries, keys and values of attention, and branches of an Inception block, are the usual places. It
-    comes last: a norm would not find its convolution behind a slice.
+    (:mod:`reparam.tuning.latency`). Unlike :class:`reparam.passes.ConcatenatedBranches`, it needs nobody to put the
+    outputs side by side. Queries, keys and values of attention, and branches of an Inception block, are the usual
+    places. It comes last: a norm would not find its convolution behind a slice.
     """
 
     last = True

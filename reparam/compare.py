@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reparam.errors import VerificationError
 from reparam.report import Comparison
 
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
 # Units in the last place of the largest magnitude on the way by which two orders of adding may differ.
 _UNITS = 4
 
@@ -22,9 +24,6 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, tor
     torch.complex128: 1e-9,
     torch.complex64: 1e-4,
 }
-
-
-# Whole models.
 
 
 def verify(a: nn.Module, b: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Comparison:
@@ -194,6 +193,3 @@ def relative_error(reference: Tensor, result: Tensor, magnitude: float = 0.0) ->
 
 def _ratio(difference: float, scale: float) -> float:
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
-
-
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]

@@ -76,8 +76,8 @@ def compile(
         passes: Rules to apply; :func:`reparam.passes.default` when left out.
         optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more. ``latency``: what
             that leaves in doubt, and the layout in memory, is timed on this machine with ``example_inputs``, and the
-            result is returned only if it is faster than that of ``size`` beyond doubt (:mod:`reparam.latency`). Its
-            outputs may lie in memory differently (channels last), with the same values.
+            result is returned only if it is faster than that of ``size`` beyond doubt (:mod:`reparam.tuning.latency`).
+            Its outputs may lie in memory differently (channels last), with the same values.
         decisions: For ``latency``: decisions to replay instead of timing. A path is read if there is such a file, and
             written with what was added; :class:`reparam.Decisions` are added to; a mapping, which
             :meth:`reparam.Decisions.to_dict` made, is only read.
@@ -444,7 +444,7 @@ def _checked_rules(passes: Sequence[Rule] | None) -> Sequence[Rule]:
         return default()
     for rule in passes:
         if not isinstance(rule, Rule):
-            raise ReparamError(f"passes must be instances of reparam.Rule, not {rule!r}")
+            raise ReparamError(f"passes must be instances of reparam.rules.Rule, not {rule!r}")
     return list(passes)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam import compare
-from reparam.algebra.operators import Conv
+from reparam.algebra import Conv
 from reparam.compiler import CompiledModel, compile
 from reparam.errors import ReparamError, VerificationError
 from reparam.graph.graph import Graph

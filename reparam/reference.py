@@ -22,6 +22,9 @@ from reparam.graph.leaves import is_opaque
 from reparam.modes import below
 from reparam.report import Comparison, Remark
 
+# How much farther than its own rounding a result may be from a model.
+_ROUNDINGS = 4.0
+
 
 class Reference:
     """What the model itself returns on the example inputs, for the result to be compared with."""
@@ -175,10 +178,6 @@ class Reference:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
             return measure.multiply_adds_of(Frozen(self._called(compiled)), *self.call)
-
-
-# How much farther than its own rounding a result may be from a model.
-_ROUNDINGS = 4.0
 
 
 def _mirrored(call: Call) -> Call:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam import capture, passes
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, Operator
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Operator
 from reparam.compare import as_call
 from reparam.errors import ConditionError
 from reparam.graph import aliasing, views

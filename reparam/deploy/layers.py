@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.algebra.kernels import as_layer, own_padding, padding_before
-from reparam.algebra.operators import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
 from reparam.graph.affine import Affine
 
@@ -19,9 +19,9 @@ _POOL_LAYERS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
-    """A torch.nn layer that computes ``operator``, but for a padding that it cannot have itself; see :func:`emit`.
+    """A torch.nn layer that computes ``operator``, but for a padding that it cannot have itself.
 
-    Its parameters are frozen and of type ``dtype``.
+    That is ``padding_before(operator)``. Parameters are frozen and of type ``dtype``.
     """
 
     def cast(tensor: Tensor | None) -> nn.Parameter | None:

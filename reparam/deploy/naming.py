@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, ChannelAffine
+from reparam.algebra import AnyConv, ChannelAffine
 from reparam.graph import facts
 from reparam.graph.graph import Graph
 

@@ -1,4 +1,4 @@
-"""Parts of a graph, run in float64 on random inputs."""
+"""Nodes of a graph, operators and modules, run in float64 with torch's own functions; random inputs to run them on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
+from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Operator
 from reparam.errors import VerificationError
 from reparam.graph import facts
 from reparam.graph.depthwise import ByTap

@@ -10,9 +10,9 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
+from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.algebra.cost import Cost
 from reparam.algebra.kernels import kernels_of
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.graph import facts, views
 from reparam.graph.leaves import is_opaque
 from reparam.graph.lift import Refusal, Sum, lift
@@ -43,7 +43,7 @@ class Graph:
     def _lift(self, node: Node) -> Operator | Sum | Refusal | None:
         if isinstance(node.target, Operator):
             return node.target
-        # An operator applied to a constant is a constant, and none of anybody's business.
+        # An operator applied to a constant is a constant: there is nothing to rewrite.
         applied = any(source.op != "get_attr" for source in node.all_input_nodes)
         return lift(node, self.modules) if applied else None
 
@@ -90,7 +90,7 @@ class Graph:
         return is_opaque(node, self.modules)
 
     def lets_pass(self, node: Node) -> bool:
-        """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
+        """Whether a node might let a per-channel affine pass; see :mod:`reparam.rewrite.passage`."""
         return isinstance(self.op(node), Sum) or views.concatenates(node) or moves(node)
 
     def kernels(self, node: Node) -> int:

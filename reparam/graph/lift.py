@@ -5,7 +5,7 @@ takes what the node calls (a module first, for a module) with its arguments, in 
 number and every activation still a node. It returns the operator, or None when the call is not linear, or raises
 :class:`~reparam.errors.AlgebraError` with the reason when it only looks as if it were. :func:`register` adds entries:
 
-    @reparam.lift.register(MyScale)
+    @reparam.lifting.register(MyScale)
     def _(module, x):
         return ChannelAffine(module.gamma, None, axis=-3)
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Linear, Operator, Pad
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Linear, Operator, Pad
 from reparam.errors import AlgebraError
 from reparam.graph import facts
 from reparam.graph.leaves import LIFTERS, carries_hooks, is_leaf, keeps, leaf_class
@@ -59,7 +59,7 @@ def register(*targets: Any) -> Callable[[Lifter], Lifter]:
             as long as they do not override what it computes.
 
     Returns:
-        A decorator for the function described in :mod:`reparam.lift`.
+        A decorator for the function that this module describes.
     """
 
     def decorate(lifter: Lifter) -> Lifter:
@@ -80,7 +80,7 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
     """The operator that a node applies to its activation, a sum of activations, a refusal, or None.
 
     Args:
-        node: A node of a graph, with the facts of :mod:`reparam.facts`.
+        node: A node of a graph, with the facts of :mod:`reparam.graph.facts`.
         modules: The module at every path that the graph's names refer to.
     """
     if isinstance(node.target, Operator):
@@ -114,7 +114,7 @@ def _lift_module(node: Node, module: nn.Module, modules: Modules) -> Operator | 
 
 
 def _call(lifter: Lifter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operator | Sum | None:
-    """Call a table entry; arguments that it does not know (an ``out=``, say) make the call none of its business."""
+    """Call a table entry; arguments that it does not know (an ``out=``, say) mean that it is not that entry's call."""
     try:
         return lifter(*args, **kwargs)
     except TypeError:

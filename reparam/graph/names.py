@@ -49,7 +49,7 @@ COPIES = row("contiguous clone detach alias")
 PERMUTATIONS = row("transpose swapaxes swapdims permute t")
 RESHAPES = row("view reshape view_as reshape_as")
 SEPARATIONS = row("split split_with_sizes chunk unbind")
-UNKNOWN_NUMBER = row("chunk split tensor_split unbind unsafe_chunk unsafe_split hsplit vsplit dsplit")
+UNKNOWN_NUMBER = row("chunk split unbind unsafe_chunk unsafe_split")
 CONVERSIONS = row("bfloat16 double float half to type type_as")
 # Kernels that do arithmetic, and are not made by an activation.
 ARITHMETIC = row(

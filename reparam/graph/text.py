@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.fx
 from torch.fx import Node
 
-from reparam.algebra.operators import (
+from reparam.algebra import (
     ZEROS,
     AnyConv,
     AveragePool,

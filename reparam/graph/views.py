@@ -1,8 +1,8 @@
 """Where the axes of a value go: views, permutations, poolings, reductions.
 
 A per-channel scale and shift moves through an operation when the channels' axis of its input is an axis of its output
-(:mod:`reparam.passage`), and the number of channels is known beyond it. Sizes are compared as symbols: the batch size
-is whatever ``x.shape[0]`` is, and nothing here depends on the sizes of an example.
+(:mod:`reparam.rewrite.passage`), and the number of channels is known beyond it. Sizes are compared as symbols: the
+batch size is whatever ``x.shape[0]`` is, and nothing here depends on the sizes of an example.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.fx import Node
 
-from reparam.algebra.operators import AveragePool, Pad
+from reparam.algebra import AveragePool, Pad
 from reparam.errors import AlgebraError
 from reparam.graph import facts, names
 from reparam.graph.leaves import carries_hooks, is_leaf

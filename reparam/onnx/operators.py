@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from reparam.algebra.operators import Conv, ConvTranspose, Operator
+from reparam.algebra import Conv, ConvTranspose, Operator
 from reparam.graph import lift
 from reparam.onnx.shapes import Known
 

@@ -18,7 +18,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.fx import Node
 
-from reparam.algebra.operators import ChannelAffine, Conv, ConvTranspose
+from reparam.algebra import ChannelAffine, Conv, ConvTranspose
 from reparam.graph import facts, lift, views
 from reparam.graph.graph import Graph
 from reparam.onnx import operators

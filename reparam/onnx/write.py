@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from reparam.algebra.operators import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra import ZEROS, AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.errors import RewriteError
 from reparam.graph import facts
 from reparam.graph.graph import origins

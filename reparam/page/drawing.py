@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch.fx
 from torch.fx import Node
 
-from reparam.algebra.operators import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Pad
+from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Conv, ConvTranspose, Pad
 from reparam.graph import facts, measure
 from reparam.graph.graph import Graph
 from reparam.graph.lift import Sum

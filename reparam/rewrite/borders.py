@@ -18,7 +18,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
 from reparam import compare
-from reparam.algebra.operators import ZEROS, ChannelAffine, Conv, Pad
+from reparam.algebra import ZEROS, ChannelAffine, Conv, Pad
 from reparam.errors import AlgebraError, VerificationError
 from reparam.graph import aliasing, evaluate, facts
 from reparam.graph.graph import Graph, describe

@@ -1,11 +1,10 @@
-"""The engine: rules that look at one node, and the driver that applies them until none matches.
+"""The driver: applies rules until none matches.
 
-A :class:`Rule` returns a :class:`Rewrite` (these nodes equal those expressions), a :class:`Missed` (it would have
-been a match, but for this reason), or None. The driver certifies each rewrite in float64, puts it into the graph,
-checks that the graph became cheaper, and visits the neighbourhood again.
+What a rule returns at a node (:mod:`reparam.rewrite.rule`) is certified in float64, put into the graph by the editor,
+and has to have made the graph cheaper; then the neighbourhood is visited again.
 
 Termination: every rewrite lowers the pair (kernels, nodes), which is bounded below; the driver enforces it. A
-rewritten node holds its operator as its target, in float64; :mod:`reparam.emit` makes layers of them when all is
+rewritten node holds its operator as its target, in float64; :mod:`reparam.deploy.emit` makes layers of them when all is
 done, so numbers are rounded once.
 """
 
@@ -20,7 +19,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from reparam.algebra.operators import ChannelAffine
+from reparam.algebra import ChannelAffine
 from reparam.errors import RewriteError
 from reparam.graph import facts, measure
 from reparam.graph.graph import Graph, describe, moves
@@ -162,7 +161,7 @@ def _first_safe(found: Rewrite | Missed | Iterable[Rewrite] | None, graph: Graph
 
 
 def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:
-    """Remarks for the layers that no rule had any business with: every norm that stays says why."""
+    """Remarks for the layers that no rule matched: why each norm that is left stays."""
     for node in graph.fx.nodes:
         kinds = measure.kinds_of(node, graph.modules) if node.op.startswith("call") and node not in explained else []
         operator = graph.op(node)

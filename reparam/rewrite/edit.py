@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
 from reparam.graph import aliasing, facts, views
 from reparam.graph.graph import Graph, calls, origins
 from reparam.rewrite import safety

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from reparam.algebra.operators import ZEROS, AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose
+from reparam.algebra import ZEROS, AnyConv, AveragePool, ChannelAffine, Operator, Pad, compose
 from reparam.errors import AlgebraError
 from reparam.graph import facts, names, views
 from reparam.graph.graph import Graph, describe

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch.fx import Node
 
-from reparam.algebra.operators import Conv, Operator
+from reparam.algebra import Conv, Operator
 from reparam.graph.graph import Graph
 
 

@@ -28,7 +28,7 @@ from strategies import divisors, random_tensor, seeds, sums
 from torch import Tensor, nn
 
 import reparam
-from reparam.algebra.operators import Conv
+from reparam.algebra import Conv
 from reparam.passes import ParallelBranches
 
 RULES = [ParallelBranches()]

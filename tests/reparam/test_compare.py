@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import reparam
-from reparam.algebra.operators import Conv
+from reparam.algebra import Conv
 from reparam.compare import compare
 from reparam.errors import VerificationError
 

@@ -301,7 +301,7 @@ def test_an_unknown_goal_is_an_error(optimize: Any, model: Network) -> None:
 
 @pytest.mark.parametrize("passes", [["NormAfterLinear"], [reparam.passes.RemoveNoOp], [None]])
 def test_passes_that_are_no_rules_are_an_error(passes: Any, model: Network) -> None:
-    with pytest.raises(ReparamError, match=r"passes must be instances of reparam\.Rule, not "):
+    with pytest.raises(ReparamError, match=r"passes must be instances of reparam\.rules\.Rule, not "):
         reparam.compile(model, passes=passes)
 
 

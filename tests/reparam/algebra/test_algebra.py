@@ -28,7 +28,7 @@ from strategies import random_tensor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, Linear, Operator, Pad, parallel
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Linear, Operator, Pad, parallel
 from reparam.errors import AlgebraError
 
 Function = Callable[[Tensor], Tensor]

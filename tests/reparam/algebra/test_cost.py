@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from reparam.algebra import Conv, Linear, compose, concatenate, parallel
 from reparam.algebra.cost import Choice, Cost
-from reparam.algebra.operators import Conv, Linear, compose, concatenate, parallel
 from reparam.timing import Duel
 from reparam.tuning.decisions import Decisions
 from reparam.tuning.latency import Judge, Measured

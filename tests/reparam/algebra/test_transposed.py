@@ -25,7 +25,7 @@ from strategies import random_tensor
 from torch import Tensor, nn
 
 import reparam
-from reparam.algebra.operators import AnyConv, ChannelAffine, Conv, ConvTranspose, Linear, parallel
+from reparam.algebra import AnyConv, ChannelAffine, Conv, ConvTranspose, Linear, parallel
 from reparam.errors import AlgebraError
 from reparam.graph.lift import Refusal, lift
 

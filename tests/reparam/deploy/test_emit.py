@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import affines, convs, linears, random_tensor
 from torch import nn
 
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv
+from reparam.algebra import AveragePool, ChannelAffine, Conv
 from reparam.compare import compare
 from reparam.deploy.layers import layer
 from reparam.graph.affine import Affine

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, Pad
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Pad
 from reparam.capture import capture
 from reparam.compare import compare
 from reparam.graph import facts

@@ -9,7 +9,7 @@ from hypothesis import given
 from networks import DataDependent, graph_of, model, networks, normal
 from torch import nn
 
-from reparam.algebra.operators import AveragePool, ChannelAffine, Conv, Linear, Pad
+from reparam.algebra import AveragePool, ChannelAffine, Conv, Linear, Pad
 from reparam.graph.text import operator_text
 
 OPERATORS = {
