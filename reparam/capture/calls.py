@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from reparam.capture import aten
 from reparam.capture.copies import storage_of
 from reparam.capture.demands import is_demanded, is_guarded
-from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_about_nothing, is_always, pinned, words
+from reparam.capture.sizes import NEGATED, OURS, SYMBOLIC, Number, hinted, is_about_nothing, is_always, pinned
 from reparam.capture.state import UnrecordableError
 from reparam.capture.structures import leaves, mapped
 from reparam.capture.tape import Frame, Tape
@@ -323,14 +323,13 @@ class Calls(TorchFunctionMode):
             number, outcome, small = Number(self, operator.ge, (sources[0], 1), True), True, True
         if any(isinstance(s.operands[0], Node) and s.operands[0] in tape.uncertain for s in sources):
             self.refuse("it decides by how many values there are of some kind")
-        said = words(number, outcome)
         decides = not (demanded or small or (not pins and is_demanded()))
         if self.collecting and tape.is_part:
             if decides:
                 self.collecting[-1].append((number, outcome))
                 tape.conditions.append((number.key, outcome))
             return
-        self.by_size = self.by_size or decides
+        self.by_size, said = self.by_size or decides, tape.said(number, outcome)
         of_arguments = not tape.is_part and all(source.function is None for source in sources)
         if self.free and decides and not of_arguments and not is_about_nothing(number, outcome):
             self.refused_size = True

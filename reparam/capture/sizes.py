@@ -181,10 +181,10 @@ def is_always(number: Number, outcome: bool, first: int) -> bool:
     return bool(number.function(math.copysign(math.inf, growth), 0)) is outcome
 
 
-def _name(value: Node) -> str:
+def _name(value: Any) -> str:
     if value.op == "call_module":
         return f"what {value.target} returns"
-    if value.target is operator.getitem and isinstance(value.args[0], type(value)):
+    if value.target is operator.getitem and isinstance(value.args[1], (int, str)):
         return f"{_name(value.args[0])}[{value.args[1]!r}]"
     return str(value.target) if value.op == "placeholder" else value.name
 
@@ -199,15 +199,15 @@ def words(number: Number, outcome: bool) -> str:
     match number.function, number.operands:
         case operator.eq | operator.ne as sign, (Number(function=operator.mod, operands=(Number() as size, int(n))), 0):
             negated = (sign is operator.eq) != outcome
-            return f"{_said(size)} is {'not ' * negated}a multiple of {n}"
+            return f"{described(size)} is {'not ' * negated}a multiple of {n}"
         case operator.eq | operator.ne as sign, (Number() as size, other):
-            return f"{_said(size)} is {'not ' * ((sign is operator.eq) != outcome)}{_said(other)}"
+            return f"{described(size)} is {'not ' * ((sign is operator.eq) != outcome)}{described(other)}"
         case function, (a, b) if function in NEGATED:
             return f"{_bracketed(a)} {_SIGNS[function if outcome else NEGATED[function]]} {_bracketed(b)}"
     return f"{number} is {outcome}"
 
 
-def _said(item: Any) -> str:
+def described(item: Any) -> str:
     """A size in words, where it is one of an input's."""
     if isinstance(item, Number) and item.function == "size":
         value, axis = item.operands

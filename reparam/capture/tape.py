@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch.utils.weak import TensorWeakRef
 
 from reparam.capture import aten
 from reparam.capture.copies import storage_of, tensors_in
-from reparam.capture.sizes import SYMBOLIC, Number, pinned, symbolic
+from reparam.capture.sizes import SYMBOLIC, Number, described, pinned, symbolic, words
 from reparam.capture.state import inside, items, put_back
 from reparam.capture.structures import leaves
 from reparam.graph import facts, views
@@ -281,6 +281,20 @@ class Tape:
     def follows(self, number: Number) -> bool:
         """Whether a number is what it was wherever the conditions so far hold, as the sizes that it comes of are."""
         pinned = {key for key, outcome in self.conditions if outcome is True}
+        return not any(True for _ in self._roots(number, pinned))
+
+    def said(self, number: Number, outcome: bool) -> str:
+        """What it says of the inputs that a comparison came out as it did."""
+        roots = {item and item.key: item for item in self._roots(number, set())}
+        told = words(number, outcome)
+        if None in roots or len(roots) > 3 or roots.keys() == {source.key for source in number.sources()}:
+            return told
+        return (
+            f"{told}, which comes of {' and '.join(map(described, sorted(roots.values(), key=str)))}" if roots else told
+        )
+
+    def _roots(self, number: Number, pinned: set[Any]) -> Iterator[Number | None]:
+        """The sizes of inputs that a number comes of, but for pinned ones; None for what is not known to be one."""
         views.settle(self._unsettled(), self.modules)
         pending: list[Any] = [*number.sources()]
         seen: set[Any] = set()
@@ -301,13 +315,16 @@ class Tape:
                 if (operator.eq, item.key, (type(item.hint), item.hint)) in pinned:
                     continue
                 if item.function is None:
-                    return False
+                    yield item
+                    continue
                 node, axis = item.operands
             module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-            if module is not None and (not type(module).__module__.startswith("torch.nn.") or carries_hooks(module)):
-                return False
-            if node.op == "placeholder" or node in self.uncertain or node in self.foreign:
-                return False
+            is_foreign = module is not None and (
+                not type(module).__module__.startswith("torch.nn.") or carries_hooks(module)
+            )
+            if is_foreign or node.op == "placeholder" or node in self.uncertain or node in self.foreign:
+                yield item if node.op == "placeholder" and isinstance(item, Number) else None
+                continue
             origins = None if axis is None else views.origins(node, axis)
             pending += origins or []
             for source in node.all_input_nodes:
@@ -317,7 +334,6 @@ class Tape:
                     pending.append((source, None))
                 elif origins is None and _reads_shape(node, source):
                     pending += [(source, other) for other in range(len(self.shapes[source]))]
-        return True
 
     def type_conditions(self, frame: Frame) -> None:
         """Require the types that a module asked for and did not hand on: it may have decided by them."""

@@ -115,6 +115,22 @@ def test_parts_of_a_number_that_is_asked_for_are_as_many(height: int) -> None:
     assert_same(module, compiled, normal(2, 3, height, 8))
 
 
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (
+            lambda y: 2 if y.flatten(0, 1).shape[0] > 4 else 3,
+            "flatten.shape[0] > 4, which comes of the batch size of x",
+        ),
+        (lambda y: 2 if y.shape[2] > 4 else 3, "what block.0 returns.shape[2] > 4, which comes of the height of x"),
+    ],
+)
+def test_a_condition_says_which_sizes_of_the_inputs_it_comes_of(forward: Any, said: str) -> None:
+    module = net(lambda s, x: s.block(x[:, :, 1:]) * forward(s.block(x)))
+    compiled = reparam.compile(module, X, sizes="example")
+    assert f"only for inputs where {said}" in [remark.message for remark in compiled.report.remarks]
+
+
 def test_a_remark_on_a_part_in_a_part_has_its_path_once() -> None:
     asks = model(
         lambda s, x: s.norm(s.conv(x)) if x.sum() < 1e9 else x, conv=nn.Conv2d(4, 4, 1), norm=nn.GroupNorm(2, 4)
