@@ -6,7 +6,8 @@ all of them share, from the capture to the comparison and the atomic write, is :
 
 from __future__ import annotations
 
-from reparam.targets import aotinductor, coreml, executorch, onnx, openvino, torch_export
+# In the order in which they are named.
+from reparam.targets import onnx, openvino, executorch, coreml, torch_export, aotinductor  # isort: skip
 from reparam.targets.exporter import Exported, export
 from reparam.targets.image import ImageInput
 from reparam.targets.program import operators_of

@@ -381,8 +381,8 @@ def resized() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: calls(Own()), r"stage.layer is a .*test_storage.Own, which a file cannot rebuild .* write .onnx"),
-        (lambda: calls(OwnConv(3, 3, 1)), r"stage.layer is a .*test_storage.OwnConv"),
+        (lambda: calls(Own()), r"stage.layer is a .*test_deploy.Own, which a file cannot rebuild .* write .onnx"),
+        (lambda: calls(OwnConv(3, 3, 1)), r"stage.layer is a .*test_deploy.OwnConv"),
         (lambda: calls(patched()), r"stage.layer is a torch.nn.modules.activation.ReLU, which a file cannot rebuild"),
         (lambda: calls(hooked(nn.ReLU())), r"stage.layer carries forward hooks"),
         (lambda: hooked(calls(nn.ReLU())), r"the model carries forward hooks"),
