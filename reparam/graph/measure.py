@@ -122,8 +122,11 @@ def _copies(node: Node, modules: Mapping[str, Any]) -> bool:
         return True
     if order == sorted(order):
         return False
+    name, rank = facts.target_name(node), facts.of(node).rank
+    if name == "flatten" and rank is not None and rank == facts.of(node.args[0]).rank:
+        return False  # of a single axis
     moved = views.axes(node)
-    if moved is None or facts.target_name(node) == "contiguous":
+    if moved is None or name == "contiguous":
         return True
     if moved.merged is None:
         return None in moved.to and moved.unmerged is None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from networks import graph_of, image, model, networks, normal
 from torch import nn
 from torch.fx import Interpreter, Node
@@ -46,7 +46,7 @@ class Counted(Interpreter):
         kinds = measure.kinds_of(node, self.known)
         # Whether a reshape copies may depend on sizes: an axis of one lies anywhere.
         inputs = self.fetch_args_kwargs_from_env(node)[0]
-        unknown = facts.target_name(node) in ("reshape", "flatten") and 1 in inputs[0].shape
+        unknown = measure._reshapes(node, self.known) and 1 in inputs[0].shape
         if node.op.startswith("call") and bool(kinds) != launches.any and not unknown:
             self.wrong.append(f"{node.format_node()}: {kinds}")
         return value
@@ -66,6 +66,7 @@ def wrong(module: nn.Module, *inputs: Any) -> list[str]:
     return before.wrong + after.wrong
 
 
+@settings(max_examples=40)
 @given(networks())
 def test_what_is_counted_is_what_torch_dispatches(drawn):
     network, inputs = drawn
@@ -128,3 +129,8 @@ def test_a_stack_of_many_terms_is_two_kernels():
     assert report.after.kernels == 7
     few = model(lambda s, x: torch.stack([s.a(x), s.b(x), x.tanh()]).sum(0), a=net.a, b=net.b)
     assert reparam.compile(few, image(3, 2)).report.after.kernels == 3
+
+
+def test_a_flatten_of_one_axis_copies_nothing():
+    net = model(lambda s, x: x.movedim(1, 2).flatten(2))
+    assert wrong(net, normal(2, 3, 4)) == []
