@@ -117,14 +117,17 @@ def _gathers(index: Any) -> bool:
 
 def _copies(node: Node, modules: Mapping[str, Any]) -> bool:
     """Whether a reshape has to copy, as far as the views before it show."""
-    order = _order(node.args[0], modules)
+    name, rank = facts.target_name(node), facts.of(node).rank
+    source = node.args[0]
+    start = facts.Arguments(node).get(1, "start_dim", 0) if name == "flatten" else None
+    known = facts.of(source).rank if isinstance(source, Node) else None
+    if start is not None and (start == -1 or (known or rank) == start + 1):
+        return False  # of a single axis
+    order = _order(source, modules)
     if order is None:
         return True
     if order == sorted(order):
         return False
-    name, rank = facts.target_name(node), facts.of(node).rank
-    if name == "flatten" and rank is not None and rank == facts.of(node.args[0]).rank:
-        return False  # of a single axis
     moved = views.axes(node)
     if moved is None or name == "contiguous":
         return True
