@@ -172,7 +172,8 @@ def _size(term: _Term) -> int:
 def _value(cluster: Sequence[_Term], graph: Graph) -> list[tuple[float, Node | Apply]]:
     if not _merges(cluster):
         return [(term.coefficient, term.node) for term in cluster]
-    operator = parallel([_scaled(_whole(term, graph), term.coefficient) for term in cluster])
+    wholes = [(_whole(term, graph), term.coefficient) for term in cluster]
+    operator = parallel([whole if isinstance(whole, Pad) else whole.scaled(factor) for whole, factor in wholes])
     return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
 
 
@@ -181,10 +182,6 @@ def _whole(term: _Term, graph: Graph) -> Operator:
     if len(term.chain) < 2:
         return term.operator
     return reduce(compose, (_operator(node, graph) for node in term.chain))
-
-
-def _scaled(operator: Operator, factor: float) -> Operator:
-    return operator if isinstance(operator, Pad) else operator.scaled(factor)
 
 
 def _operator(node: Node, graph: Graph) -> Operator:

@@ -301,6 +301,7 @@ def _rewritten(
         where = str(node.target) if node.op == "call_module" else facts.of(node).scope
         if node.op.startswith("call") and not selects(".".join(filter(None, (options.prefix, where)))):
             facts.know(node, frozen=aliasing.OUTSIDE)
+    views.settle(captured.graph.nodes, modules)
     before = measure.kinds_of_graph(captured.graph, modules, replaced)
     borders_read = borders.read(captured.graph, modules)
     aliasing.make_out_of_place(captured.graph, modules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reparam.algebra.operators import ZEROS, ChannelAffine, Conv, Operator, Pad
+from reparam.algebra.operators import ZEROS, Conv, Operator, Pad
 
 
 def kernels_of(operator: Operator) -> int:
@@ -12,8 +12,6 @@ def kernels_of(operator: Operator) -> int:
     match operator:
         case Conv():
             return 1 + (padding_before(operator) is not None)
-        case ChannelAffine():
-            return 0 if operator.is_identity else 1
         case _:
             return 1
 

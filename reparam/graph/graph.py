@@ -10,10 +10,9 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from reparam.algebra import AveragePool, ChannelAffine, Conv, ConvTranspose, Operator, Pad
+from reparam.algebra import ChannelAffine, Operator
 from reparam.algebra.cost import Cost
-from reparam.algebra.kernels import kernels_of
-from reparam.graph import facts, views
+from reparam.graph import facts, measure, views
 from reparam.graph.leaves import is_opaque
 from reparam.graph.lift import Refusal, Sum, lift
 from reparam.graph.text import text
@@ -95,16 +94,7 @@ class Graph:
 
     def kernels(self, node: Node) -> int:
         """Kernels that ``node`` launches."""
-        operator = self.op(node)
-        match operator:
-            case Conv() | Pad() | AveragePool() if facts.target_name(node) == "getitem":
-                return 0  # a view
-            case Conv() | ConvTranspose() | ChannelAffine() | Pad() | AveragePool():
-                return kernels_of(operator)
-            case Sum():
-                return max(1, len(operator.terms) - 1)
-        is_free = node.op in ("placeholder", "get_attr", "output") or node.target is torch.narrow  # a view
-        return 0 if is_free or facts.reads_only_metadata(node) else 1
+        return len(measure.kinds_of(node, self.modules))
 
     def path(self, node: Node) -> str:
         """The module path that a remark about ``node`` names."""

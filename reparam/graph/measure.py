@@ -1,4 +1,9 @@
-"""Counts of what a graph launches."""
+"""Counts of what a graph launches: one counter, for the driver, the report and the page.
+
+A kernel is an operation that makes new memory. A view launches none. Whether a reshape copies depends on how its input
+lies in memory: it is taken to copy what was permuted, unless all axes that it merges lie one behind the other; what any
+kernel has made is taken to be in order.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,17 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from reparam.graph import facts, names
+from reparam.algebra import ChannelAffine, Conv, ConvTranspose, Operator
+from reparam.algebra.kernels import kernels_of
+from reparam.graph import facts, names, views
 from reparam.graph.affine import Affine
 from reparam.graph.outputs import Rebuild
 from reparam.modes import below
 from reparam.report import Counts
 
 _FREE_FUNCTIONS = names.DROPOUTS | names.row("getitem getattr type_as float _assert assert_is_none")
+_RESHAPES = names.row("reshape reshape_as flatten ravel contiguous")
+_PERMUTATIONS = names.PERMUTATIONS | names.row("movedim moveaxis")
 
 # Kind of kernel of one call: a field of Counts, "other" for the rest, or None when nothing is launched.
 Kinds: TypeAlias = "list[str]"
@@ -45,6 +54,10 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
         modules: The module for every target of a ``call_module`` node.
         replaced: As for :func:`kinds_inside`.
     """
+    if isinstance(node.target, Operator):
+        return _kinds_of_operator(node.target)
+    if _reshapes(node, modules):
+        return ["other"] if _copies(node, modules) else []
     if node.op == "call_module":
         module = modules[str(node.target)]
         kinds = kinds_inside(module, {} if replaced is None else replaced)
@@ -53,6 +66,8 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
     if node.op not in ("call_function", "call_method") or facts.reads_only_metadata(node):
         return []
     name = facts.target_name(node)
+    if name == "getitem" and _gathers(node.args[1]):
+        return ["other"]
     if name in names.CONVOLUTIONS:
         return ["convolutions"]
     if name == "linear":
@@ -67,6 +82,62 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
         or facts.of(node).kind == "other"
     )
     return [] if is_free else ["other"]
+
+
+def _kinds_of_operator(operator: Operator) -> Kinds:
+    match operator:
+        case Conv() | ConvTranspose():
+            return ["convolutions" if operator.dimensions else "linears"] + ["other"] * (kernels_of(operator) - 1)
+        case ChannelAffine():
+            return ["elementwise"]
+    return ["other"]
+
+
+def _reshapes(node: Node, modules: Mapping[str, Any]) -> bool:
+    """Whether a node is a view of its input, or a copy, depending on how that lies in memory."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.Flatten
+    return facts.target_name(node) in _RESHAPES and facts.of(node).kind != "other"
+
+
+def _gathers(index: Any) -> bool:
+    """Whether an index picks by the values of a tensor or list, instead of cutting out."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, list) or (isinstance(part, Node) and facts.of(part).kind == "tensor") for part in parts)
+
+
+def _copies(node: Node, modules: Mapping[str, Any]) -> bool:
+    """Whether a reshape has to copy, as far as the views before it show."""
+    name, rank = facts.target_name(node), facts.of(node).rank
+    source = node.args[0]
+    start = facts.Arguments(node).get(1, "start_dim", 0) if name == "flatten" else None
+    known = facts.of(source).rank if isinstance(source, Node) else None
+    if start is not None and (start == -1 or (known or rank) == start + 1):
+        return False  # of a single axis
+    order = _order(source, modules)
+    if order is None:
+        return True
+    if order == sorted(order):
+        return False
+    moved = views.axes(node)
+    if moved is None or name == "contiguous":
+        return True
+    if moved.merged is None:
+        return None in moved.to and moved.unmerged is None
+    first, last, _ = moved.merged
+    return order[first : last + 1] != list(range(order[first], order[first] + last + 1 - first))
+
+
+def _order(value: Any, modules: Mapping[str, Any]) -> list[int] | None:
+    """The axes of a value in the order in which they lie in memory; empty when they are in order, None if unknown."""
+    name = facts.target_name(value) if isinstance(value, Node) else ""
+    if not name or facts.of(value).kind == "other" or kinds_of(value, modules):
+        return []
+    before, moved = _order(value.args[0], modules), views.axes(value)
+    if name in _PERMUTATIONS and moved is not None and before is not None:
+        return [before[axis] if before else axis for axis in map(moved.to.index, range(moved.out_rank))]
+    mixes = name in _PERMUTATIONS or name in ("expand", "expand_as", "getattr")
+    return None if mixes or before != [] else []
 
 
 def kinds_inside(module: nn.Module, replaced: Mapping[nn.Module, Kinds]) -> list[str]:

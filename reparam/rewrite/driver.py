@@ -20,6 +20,7 @@ import torch.fx
 from torch.fx import Node
 
 from reparam.algebra import ChannelAffine
+from reparam.algebra.kernels import kernels_of
 from reparam.errors import RewriteError
 from reparam.graph import facts, measure
 from reparam.graph.graph import Graph, describe, moves
@@ -28,7 +29,7 @@ from reparam.report import Remark
 from reparam.rewrite import safety
 from reparam.rewrite.certify import Uncertifiable, certify
 from reparam.rewrite.edit import Editor
-from reparam.rewrite.rule import Missed, Rewrite, Rule, remaining, touched
+from reparam.rewrite.rule import Add, Missed, Rewrite, Rule, applies, remaining, touched
 
 
 @dataclass
@@ -148,16 +149,26 @@ def _visit(
 
 
 def _first_safe(found: Rewrite | Missed | Iterable[Rewrite] | None, graph: Graph) -> Rewrite | Missed | None:
-    """The first rewrite that nobody would notice, or why there is none."""
+    """The first rewrite that saves kernels and that nobody would notice, or why there is none."""
     if found is None or isinstance(found, Missed):
         return found
-    refusal: Missed | None = None
-    for change in [found] if isinstance(found, Rewrite) else found:
+    if isinstance(found, Rewrite):
+        return found if (reason := safety.obstacle(graph, found)) is None else Missed(reason)
+    reasons = []
+    for change in found:
         reason = safety.obstacle(graph, change)
+        if reason is None and _made(change) >= sum(graph.kernels(node) for node in touched(change)):
+            reason = "as many kernels would do what is left"  # a stack adds all its terms in two
         if reason is None:
             return change
-        refusal = refusal or Missed(reason)
-    return refusal
+        reasons.append(reason)
+    return Missed(reasons[0]) if reasons else None
+
+
+def _made(change: Rewrite) -> int:
+    """Kernels that a rewrite brings in."""
+    added = sum(len(value.terms) - 1 for _, value in change.values if isinstance(value, Add))
+    return added + sum(kernels_of(apply.operator) for apply in applies(change))
 
 
 def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:
