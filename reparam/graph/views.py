@@ -210,6 +210,8 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
             return None
         counts = [channels(part, along) for part in parts]
         return None if None in counts else (sum(filter(None, counts)), along)
+    if known and facts.keeps_shape(node):
+        return known[0]
     if node.op.startswith("call") and names.is_pointwise(name):
         # More than one channel: whatever else is as long along that axis, counted from the end, or broadcasts.
         return next((own for own in known if own and own[0] > 1), None)
@@ -220,8 +222,6 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
         own = known[0]
         axis = None if own is None else moved.forth(own[1])
         return None if own is None or axis is None else (own[0], axis)
-    if facts.keeps_shape(node):
-        return known[0] if known else None
     return None
 
 
