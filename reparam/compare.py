@@ -69,6 +69,21 @@ def clones(value: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, clone, value)
 
 
+def wider(call: Call) -> Call:
+    """A call with images, or rows, that are twice as large along their last axes, those of batch and channels not."""
+    made: dict[int, Tensor] = {}  # what is given twice is given twice
+
+    def twice(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            large = tensor
+            for axis in range(2, tensor.dim()):
+                large = torch.cat([large, large.flip(axis)], axis)
+            made[id(tensor)] = large
+        return made[id(tensor)]
+
+    return torch.utils._pytree.tree_map_only(Tensor, twice, call)  # type: ignore[no-any-return]
+
+
 def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a model returns in eval mode, on copies of the arguments; its own modes are put back."""
     in_training = [module for module in model.modules() if module.training]

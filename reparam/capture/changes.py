@@ -89,11 +89,14 @@ class Changes:
                     return f"it shares its {name} with the Python around it"
         return None
 
-    def unstable(self, run: Callable[[], Any], graph: Callable[[], Any] | None) -> dict[nn.Module, str]:
+    def unstable(
+        self, run: Callable[[], Any], wider: Callable[[], Any], graph: Callable[[], Any] | None
+    ) -> dict[nn.Module, str]:
         """The modules that change, and compute or hold something else at a second call; and why.
 
         Args:
             run: Calls the model.
+            wider: Calls it with inputs of another size.
             graph: Computes what was recorded of it, if it is a graph.
         """
         changed = {module: names for module in self.modules if (names := [*self.state.changes(module)])}
@@ -110,12 +113,22 @@ class Changes:
             for module, name, value in held
             if module not in self.kept and not _is_same(value, _held(module, name))
         }
+        again = [clones(_held(module, name)) for module, name, _ in held]
         if graph is not None:
             once.restore(self.modules)
             torch.set_rng_state(drawn)
             if not is_same(expected, _outcome(graph, self.modules)):
                 said = "it computes something else when it is called again"
                 reasons |= dict.fromkeys(changed.keys() - self.kept or changed, said)
+        once.restore(self.modules)
+        if self.kept & changed.keys() and not isinstance(_outcome(wider, self.modules), Exception):
+            # Nobody sees who reads a number that Python keeps.
+            reasons |= {
+                module: f"it may read the {name} of {type(module).__name__}, which is of a size"
+                for (module, name, _), value in zip(held, again, strict=True)
+                if module in self.kept and isinstance(value, (*_NUMBERS, tuple, list))
+                and not _is_same(value, _held(module, name))
+            }  # fmt: skip
         return reasons
 
 

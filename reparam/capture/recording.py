@@ -31,6 +31,7 @@ from reparam.capture.state import UnrecordableError, Writes
 from reparam.capture.structures import leaves, mapped
 from reparam.capture.tape import Frame, RestartError, Tape, tidy
 from reparam.capture.watching import Net, Seen, Watched
+from reparam.compare import wider
 from reparam.errors import first_line
 from reparam.graph import aliasing, facts
 from reparam.graph.conditions import Argument, kind_of
@@ -129,17 +130,17 @@ class Session(Calls):
             RestartError: It does not; the modules that hold them are opaque from now on.
         """
 
-        def run() -> Any:
+        def run(change: Callable[[Call], Call] = cloned) -> Any:
             results = []
             for name, call in calls:
-                args, kwargs = cloned(call)
+                args, kwargs = change(call)
                 results.append(getattr(self.root, name)(*args, **kwargs))
             return results[0]
 
         graph = partial(replayed, recorded, calls[0][1]) if recorded.traced else None
         above = {child: module for module in self.modules for child in module.children()}
         stays = {}
-        for module, reason in self.changes.unstable(run, graph).items():
+        for module, reason in self.changes.unstable(run, partial(run, wider), graph).items():
             # Where that did not help, it is for the one around it: nobody calls what only holds something.
             while (module in self.opaque or module in self.changes.kept) and module is not self.root:
                 module = above[module]

@@ -163,3 +163,18 @@ def test_a_mode_that_is_left_late_takes_no_other_with_it(capsys: Any) -> None:
         sys.unraisablehook = hook
     assert unraised == []
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"sizes": "example"}, {"example_inputs": X}], ids=str)
+def test_who_reads_a_size_that_python_keeps_stays_python(options: dict[str, Any]) -> None:
+    """The part is kept as it is, since it asks for a value; nobody sees the one around it read a number."""
+
+    def keeps(self: Any, x: Tensor) -> Tensor:
+        self.size = tuple(x.shape[2:])
+        return x[..., ::2, ::2] if x.sum() > 0 else x[..., 1::2, ::2]
+
+    inner = model(lambda s, x: F.interpolate(s.part(x), size=s.part.size), part=model(keeps, size=None))
+    module = net(lambda s, x: s.inner(s.block(x)), inner=inner)
+    compiled = reparam.compile(module, **options)
+    for x in (X, normal(1, 3, 12, 9)):
+        assert_same(module, compiled, x)

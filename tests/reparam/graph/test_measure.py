@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reparam
 from reparam import capture
 from reparam.compare import as_call
-from reparam.graph import facts, measure, views
+from reparam.graph import measure, views
 
 
 class Launches(TorchDispatchMode):
@@ -56,7 +56,6 @@ def wrong(module: nn.Module, *inputs: Any) -> list[str]:
     """The nodes, before and after compiling, of which the counter does not say what torch does."""
     captured = capture.capture(module, as_call(inputs))
     modules = dict(captured.root.named_modules())
-    facts.settle_ranks(captured.graph.nodes, modules)
     views.settle(captured.graph.nodes, modules)
     before = Counted(captured.root, captured.graph, modules)
     before.run(*(x.clone() for x in inputs))
