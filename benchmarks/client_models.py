@@ -349,7 +349,9 @@ def lived_in(client: Client) -> nn.Module:
 def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
     x = inputs[0].transpose(0, 1).flatten(1)
     norm.running_mean.copy_(x.mean(1))
-    norm.running_var.copy_(x.var(1))
+    # A channel that hardly varies would amplify rounding; training keeps none like that.
+    variance = x.var(1)
+    norm.running_var.copy_(variance.clamp(min=0.01 * float(variance.mean())))
 
 
 def run(model: nn.Module, inputs: Any) -> Any:

@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 import reparam
 from common import console, parser, relative_error, training_model, write_json
 from reparam.bench import Settings
-from reparam.bench.race import Loader, sample, timer_for
+from reparam.bench.racing import Loader, sample, timer_for
 from reparam.bench.runtimes import ExecuTorchRuntime, outputs
 from reparam.targets.executorch import ExecuTorch
 from reparam.targets.target import Options, quiet

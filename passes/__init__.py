@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reparam.passes.affine_chain import AffineAfterAffine
+from reparam.passes.compose import Compose
 from reparam.passes.concat import ConcatenatedBranches
 from reparam.passes.no_op import RemoveNoOp, RemoveViewsUndone
-from reparam.passes.norm_after import NormAfterLinear, NormAfterPassage
+from reparam.passes.norm_after import NormAfterPassage
 from reparam.passes.norm_before import NormBeforeLinear
-from reparam.passes.padding import CropAfterConv, PadBeforeConv
 from reparam.passes.parallel import ParallelBranches
-from reparam.passes.sequence import ConvAfterConv
 from reparam.passes.siblings import SiblingConvolutions
 from reparam.rewrite.rule import Rule
 
 __all__ = [
-    "AffineAfterAffine",
+    "Compose",
     "ConcatenatedBranches",
-    "ConvAfterConv",
-    "CropAfterConv",
-    "NormAfterLinear",
     "NormAfterPassage",
     "NormBeforeLinear",
-    "PadBeforeConv",
     "ParallelBranches",
     "RemoveNoOp",
     "RemoveViewsUndone",
@@ -37,14 +31,14 @@ def default() -> Sequence[Rule]:
     return (
         RemoveNoOp(),
         RemoveViewsUndone(),
-        NormAfterLinear(),
+        Compose("NormAfterLinear"),
         NormAfterPassage(),
-        AffineAfterAffine(),
+        Compose("AffineAfterAffine"),
         ParallelBranches(),
         NormBeforeLinear(),
-        PadBeforeConv(),
-        CropAfterConv(),
-        ConvAfterConv(),
+        Compose("PadBeforeConv"),
+        Compose("CropAfterConv"),
+        Compose("ConvAfterConv"),
         ConcatenatedBranches(),
         SiblingConvolutions(),
     )

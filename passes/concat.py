@@ -29,8 +29,6 @@ class ConcatenatedBranches(Rule):
         if any(list(part.users) != [node] for part in parts) or len(set(parts)) < len(parts):
             return Missed("one of the concatenated branches is read elsewhere")
         source = graph.source(parts[0])
-        if graph.is_changed_between(source, min(parts), node):
-            return Missed("the input of the branches may be changed in place between them")
         try:
             merged = concatenate(convs, outline=True)
             kernels = sum(map(graph.kernels, parts)) + 1
@@ -42,4 +40,4 @@ class ConcatenatedBranches(Rule):
         except AlgebraError as reason:
             return Missed(f"the concatenated branches stay apart: {reason}")
         message = f"merged {', '.join(map(describe, parts))} side by side"
-        return Rewrite(((node, Apply(merged, source, ((1.0, node),))),), message)
+        return Rewrite.one(node, Apply.one(node, merged, source), message)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from torch.fx import Node
 
 from reparam.algebra import ChannelAffine, Pad
-from reparam.graph import facts, views
+from reparam.graph import facts, names, views
 from reparam.graph.graph import Graph
 from reparam.rewrite.rule import Rewrite, Rule
 
 
 class RemoveNoOp(Rule):
-    """``1·x + 0 = x``, and a padding by nothing.
-
-    Left alone where Python that was not traced reads either value: it could change one of them in place, and the
-    two would then be the same.
-    """
+    """``1·x + 0 = x``, and a padding by nothing."""
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | None:
         """The source of an identity."""
@@ -26,10 +22,7 @@ class RemoveNoOp(Rule):
                 pass
             case _:
                 return None
-        source = graph.source(node)
-        if _might_be_changed(graph, node, source):
-            return None
-        return Rewrite(((node, source),), "does nothing in eval mode, removed")
+        return Rewrite.one(node, graph.source(node), "does nothing in eval mode, removed")
 
 
 class RemoveViewsUndone(Rule):
@@ -41,26 +34,18 @@ class RemoveViewsUndone(Rule):
         if found is None:
             return None
         source, *views_between = found
-        if _might_be_changed(graph, node, source):
-            return None
         message = "a view that the one before it undoes, removed"
         return Rewrite(((node, source),), message, (node,), tuple(views_between))
 
 
-def _might_be_changed(graph: Graph, node: Node, source: Node) -> bool:
-    """Whether untraced Python reads either of two values that would become one."""
-    return any(graph.is_opaque(reader) for value in (node, source) for reader in value.users)
-
-
-_PERMUTATIONS = frozenset("transpose swapaxes swapdims permute t".split())
-_RESHAPES = frozenset("view reshape view_as reshape_as flatten unflatten unsqueeze squeeze".split())
+_RESHAPES = names.RESHAPES | names.row("flatten unflatten unsqueeze squeeze")
 
 
 def _permuted_back(node: Node) -> list[Node] | None:
     """The value whose axes a chain of permutations has put back in order, and the chain but for its end."""
     order: list[int] | None = None
     passed: list[Node] = []
-    while facts.target_name(node) in _PERMUTATIONS and (moved := views.axes(node)) is not None:
+    while facts.target_name(node) in names.PERMUTATIONS and (moved := views.axes(node)) is not None:
         to = [axis for axis in moved.to if axis is not None]
         order = [order[axis] for axis in to] if order is not None else to
         node = node.args[0]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""``norm(conv(x)) -> conv(x)``, and every other scale and shift after a convolution or a matrix product."""
+"""``norm(f(conv(x))) -> f(conv(x))``: a norm, and every other scale and shift, some way behind what takes it in."""
 
 from __future__ import annotations
 
@@ -6,25 +6,17 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from reparam.algebra import AnyConv, ChannelAffine
+from reparam.algebra import ChannelAffine
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
-from reparam.passes.compose import Compose
 from reparam.rewrite.passage import absorb_backward
 from reparam.rewrite.rule import Missed, Rewrite, Rule
 
 
-class NormAfterLinear(Compose):
-    """``s·(W*x + b) + t = (s·W)*x + (s·b + t)``, exact for every padding, stride, dilation and group count."""
-
-    outer = (ChannelAffine,)
-    inner = (AnyConv,)
-
-
 class NormAfterPassage(Rule):
-    """The same with views, permutations, means, maxima, sums, parts, concatenations or products between the two.
+    """``norm(f(conv(x))) = f(norm'(conv(x)))`` with views, means, maxima, sums, parts or products between the two.
 
-    ``norm(f(conv(x))) = f(norm'(conv(x)))``; see :mod:`reparam.passage` for what an affine passes through.
+    See :mod:`reparam.rewrite.passage` for what an affine passes through.
     """
 
     def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
@@ -39,13 +31,10 @@ class NormAfterPassage(Rule):
             walk = absorb_backward(graph, node)
         except AlgebraError as reason:
             return Missed(f"not foldable backwards: {reason}")
-        obstacle = graph.relies_on_layout(node)
-        if obstacle is not None:
-            return Missed(obstacle)
         into = " and ".join(describe(operator) for operator, _ in walk.changes)
         message = f"folded {describe(node)} into {into}"
         if not walk.through:
             # A pool that nothing behind it could take the norm in for.
             ((_, pooled),) = walk.changes
-            return Rewrite(((node, replace(pooled, terms=((1.0, node),))),), message)
+            return Rewrite.one(node, replace(pooled, terms=((1.0, node),)), message)
         return Rewrite((*walk.changes, (node, source)), message, (node,), tuple(walk.through))

@@ -26,17 +26,11 @@ class NormBeforeLinear(Rule):
             walk = absorb_forward(graph, node)
         except AlgebraError as reason:
             return Missed(str(reason)) if self._is_near(node, graph) else None
-        source = graph.source(node)
         readers = [reader for reader, _ in walk.changes]
-        if walk.through and graph.may_change_between(source, node, max(readers)):
-            return Missed(f"{describe(source)} may be changed in place before it is read")
-        obstacle = graph.relies_on_layout(node) if walk.through else None
-        if obstacle is not None:
-            return Missed(obstacle)
         message = f"folded {describe(node)} into {' and '.join(map(describe, readers))}"
         if not walk.through:
             return Rewrite(tuple(walk.changes), message)
-        return Rewrite((*walk.changes, (node, source)), message, tuple(readers), tuple(walk.through))
+        return Rewrite((*walk.changes, (node, graph.source(node))), message, tuple(readers), tuple(walk.through))
 
     def _is_near(self, node: Node, graph: Graph) -> bool:
         """Whether a linear operator reads the norm."""

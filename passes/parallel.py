@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
+from typing import TypeAlias
 
 from torch.fx import Node
 
@@ -14,6 +16,8 @@ from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import Sum
 from reparam.rewrite.rule import Add, Apply, Missed, Rewrite, Rule
+
+_Clusters: TypeAlias = "Sequence[Sequence[_Term]]"
 
 # Operators in a row that a term is looked through; what is longer is no branch any more.
 _DEEPEST = 6
@@ -54,7 +58,7 @@ class ParallelBranches(Rule):
     before Sobel kernels of an edge-oriented block, or a low-rank update beside a full matrix.
     """
 
-    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+    def rewrite(self, node: Node, graph: Graph) -> Iterator[Rewrite] | Missed | None:
         """The sum with every group of branches as one operator."""
         if _sum_of(node, graph) is None or self._is_part_of_another(node, graph):
             return None
@@ -62,19 +66,11 @@ class ParallelBranches(Rule):
         groups: dict[Node, list[_Term]] = {}
         for term in terms:
             groups.setdefault(term.source, []).append(term)
-        if any(graph.is_changed_between(term, total, node) for total, term in _reads(node, graph)):
-            return Missed("one of its terms may be changed in place before the last is added")
         reasons: list[str] = []
-        merged = {source: _merge(group, graph, node, reasons) for source, group in groups.items()}
-        if not any(isinstance(value, Apply) for values in merged.values() for _, value in values):
+        clusters = [cluster for group in groups.values() for cluster in _clusters(group, graph, node, reasons)]
+        if not any(map(_merges, clusters)):
             return Missed("; ".join(dict.fromkeys(reasons))) if reasons else None
-        values = [value for group in merged.values() for value in group]
-        message = "merged " + ", ".join(
-            " + ".join(describe(term) for _, term in value.terms) for _, value in values if isinstance(value, Apply)
-        )
-        if len(values) == 1 and isinstance(values[0][1], Apply):
-            return Rewrite(((node, values[0][1]),), message)
-        return Rewrite(((node, Add(tuple(values))),), message)
+        return (_rewrite(node, chosen, graph) for chosen in (clusters, *_pairs(clusters, terms, graph, node)))
 
     def _is_part_of_another(self, node: Node, graph: Graph) -> bool:
         """Whether a larger sum will take this one in."""
@@ -112,17 +108,6 @@ def _terms(node: Node, graph: Graph, coefficient: float = 1.0) -> Iterator[_Term
             yield _term(coefficient * factor, term, graph)
 
 
-def _reads(node: Node, graph: Graph) -> Iterator[tuple[Node, Node]]:
-    """Every partial sum, with each of its terms."""
-    total = _sum_of(node, graph)
-    assert total is not None
-    for _, term in total.terms:
-        if _is_read_once(term, total) and _sum_of(term, graph) is not None:
-            yield from _reads(term, graph)
-        else:
-            yield node, term
-
-
 def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
     """A term, through as many operators in a row as only it reads and that are one operator together."""
     operator = graph.op(node)
@@ -146,8 +131,8 @@ def _term(coefficient: float, node: Node, graph: Graph) -> _Term:
     return _Term(coefficient, node, whole, source, tuple(chain))
 
 
-def _merge(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str]) -> list[tuple[float, Node | Apply]]:
-    """The terms of one source, as few as they can be; what stands in the way goes to ``reasons``."""
+def _clusters(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str]) -> list[list[_Term]]:
+    """The terms of one source, in as few clusters as they can be; what stands in the way goes to ``reasons``."""
     clusters: list[list[_Term]] = []
     for term in sorted(group, key=_size, reverse=True):
         for cluster in clusters:
@@ -158,15 +143,34 @@ def _merge(group: Sequence[_Term], graph: Graph, node: Node, reasons: list[str])
             reasons.append(f"{describe(cluster[0].node)} and {describe(term.node)} stay apart: {obstacle}")
         else:
             clusters.append([term])
-    return [value for cluster in clusters for value in _value(cluster, graph)]
+    return clusters
+
+
+def _pairs(clusters: Sequence[list[_Term]], terms: Sequence[_Term], graph: Graph, node: Node) -> Iterator[_Clusters]:
+    """Only two terms merged, where not all may."""
+    for pair in (pair for cluster in clusters if len(cluster) > 1 for pair in combinations(cluster, 2)):
+        if _merges(pair) and _obstacle(pair, graph, node) is None:
+            yield [pair, *([term] for term in terms if all(term is not other for other in pair))]
+
+
+def _merges(cluster: Sequence[_Term]) -> bool:
+    return len(cluster) > 1 and not all(term.is_bare for term in cluster)
+
+
+def _rewrite(node: Node, clusters: _Clusters, graph: Graph) -> Rewrite:
+    """The sum with every cluster as one operator."""
+    values = [value for cluster in clusters for value in _value(cluster, graph)]
+    applies = [value for _, value in values if isinstance(value, Apply)]
+    message = "merged " + ", ".join(" + ".join(describe(term) for _, term in value.terms) for value in applies)
+    return Rewrite.one(node, applies[0] if len(values) == len(applies) == 1 else Add(tuple(values)), message)
 
 
 def _size(term: _Term) -> int:
     return term.operator.multiply_adds if isinstance(term.operator, AnyConv) else -term.is_bare
 
 
-def _value(cluster: list[_Term], graph: Graph) -> list[tuple[float, Node | Apply]]:
-    if len(cluster) == 1 or all(term.is_bare for term in cluster):
+def _value(cluster: Sequence[_Term], graph: Graph) -> list[tuple[float, Node | Apply]]:
+    if not _merges(cluster):
         return [(term.coefficient, term.node) for term in cluster]
     operator = parallel([_whole(term, graph).scaled(term.coefficient) for term in cluster])
     return [(1.0, Apply(operator, cluster[0].source, tuple((term.coefficient, term.node) for term in cluster)))]
@@ -189,9 +193,6 @@ def _obstacle(cluster: Sequence[_Term], graph: Graph, node: Node) -> str | None:
     """Why the terms do not become one operator, or None when they should."""
     if all(term.is_bare for term in cluster):
         return None
-    reading = [*sorted(term.chain[-1] for term in cluster if not term.is_bare), node]
-    if graph.is_changed_between(cluster[0].source, reading[0], reading[-1]):
-        return "their input may be changed in place between them"
     for term in cluster:
         if not term.is_bare and len(term.node.users) > 1 and not isinstance(term.operator, AnyConv | ChannelAffine):
             return f"the shape of {describe(term.node)} is read"

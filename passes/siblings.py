@@ -10,7 +10,7 @@ from reparam.algebra import Conv, concatenate
 from reparam.algebra.cost import Choice
 from reparam.errors import AlgebraError
 from reparam.graph.graph import Graph, describe
-from reparam.rewrite.rule import Apply, Missed, Rewrite, Rule, Slice
+from reparam.rewrite.rule import Apply, Rewrite, Rule, Slice
 
 
 class SiblingConvolutions(Rule):
@@ -18,14 +18,14 @@ class SiblingConvolutions(Rule):
 
     The channels of one kernel are handed out without a copy. That reads ``x`` once, and computes as much as before, or
     more where a smaller kernel is written over the taps of a larger one: whether it is faster is for the clock to say
-    (:mod:`reparam.latency`). Unlike :class:`reparam.passes.ConcatenatedBranches`, it needs nobody to put the outputs
-    side by side. Queries, keys and values of attention, and branches of an Inception block, are the usual places. It
-    comes last: a norm would not find its convolution behind a slice.
+    (:mod:`reparam.tuning.latency`). Unlike :class:`reparam.passes.ConcatenatedBranches`, it needs nobody to put the
+    outputs side by side. Queries, keys and values of attention, and branches of an Inception block, are the usual
+    places. It comes last: a norm would not find its convolution behind a slice.
     """
 
     last = True
 
-    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | None:
         """Slices of one convolution in the places of several; visited at the first of them."""
         first = graph.op(node)
         if not isinstance(first, Conv):
@@ -40,8 +40,6 @@ class SiblingConvolutions(Rule):
                 siblings.append(reader)
         if len(siblings) < 2:
             return None
-        if graph.is_changed_between(source, siblings[0], siblings[-1]):
-            return Missed("the input of the convolutions may be changed in place between them")
         return self._merge(siblings, source, graph)
 
     def _fits(self, siblings: Sequence[Node], source: Node, graph: Graph) -> bool:

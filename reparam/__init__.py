@@ -3,7 +3,8 @@
 ``deploy = reparam.compile(model)``, and ``print(deploy.report)`` for what was done to it.
 """
 
-from reparam import algebra, errors, lifting, moved, passes, rules, targets
+from reparam import algebra, errors, lifting, passes, rules, targets
+from reparam import moved as moved  # for pickles of older versions; not in __all__
 from reparam.compare import verify
 from reparam.compiler import compile, explain
 from reparam.errors import ConditionError, ReparamError, VerificationError
@@ -29,7 +30,6 @@ __all__ = [
     "export",
     "lifting",
     "load",
-    "moved",
     "passes",
     "rules",
     "save",

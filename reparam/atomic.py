@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file, several or a folder, complete or not there at all."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reparam.errors import VerificationError
 from reparam.report import Comparison
 
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
 # Units in the last place of the largest magnitude on the way by which two orders of adding may differ.
 _UNITS = 4
 
@@ -22,9 +24,6 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, tor
     torch.complex128: 1e-9,
     torch.complex64: 1e-4,
 }
-
-
-# Whole models.
 
 
 def verify(a: nn.Module, b: nn.Module, inputs: Any, *, tolerance: float | None = None) -> Comparison:
@@ -68,6 +67,21 @@ def clones(value: Any) -> Any:
         return made[id(x)]
 
     return torch.utils._pytree.tree_map_only(Tensor, clone, value)
+
+
+def wider(call: Call) -> Call:
+    """A call with images, or rows, that are twice as large along their last axes, those of batch and channels not."""
+    made: dict[int, Tensor] = {}  # what is given twice is given twice
+
+    def twice(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            large = tensor
+            for axis in range(2, tensor.dim()):
+                large = torch.cat([large, large.flip(axis)], axis)
+            made[id(tensor)] = large
+        return made[id(tensor)]
+
+    return torch.utils._pytree.tree_map_only(Tensor, twice, call)  # type: ignore[no-any-return]
 
 
 def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -194,6 +208,3 @@ def relative_error(reference: Tensor, result: Tensor, magnitude: float = 0.0) ->
 
 def _ratio(difference: float, scale: float) -> float:
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
-
-
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]

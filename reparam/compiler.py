@@ -76,8 +76,8 @@ def compile(
         passes: Rules to apply; :func:`reparam.passes.default` when left out.
         optimize: ``size``: every rewrite launches fewer kernels and computes at most slightly more. ``latency``: what
             that leaves in doubt, and the layout in memory, is timed on this machine with ``example_inputs``, and the
-            result is returned only if it is faster than that of ``size`` beyond doubt (:mod:`reparam.latency`). Its
-            outputs may lie in memory differently (channels last), with the same values.
+            result is returned only if it is faster than that of ``size`` beyond doubt (:mod:`reparam.tuning.latency`).
+            Its outputs may lie in memory differently (channels last), with the same values.
         decisions: For ``latency``: decisions to replay instead of timing. A path is read if there is such a file, and
             written with what was added; :class:`reparam.Decisions` are added to; a mapping, which
             :meth:`reparam.Decisions.to_dict` made, is only read.
@@ -301,12 +301,10 @@ def _rewritten(
         where = str(node.target) if node.op == "call_module" else facts.of(node).scope
         if node.op.startswith("call") and not selects(".".join(filter(None, (options.prefix, where)))):
             facts.know(node, frozen=aliasing.OUTSIDE)
+    views.settle(captured.graph.nodes, modules)
     before = measure.kinds_of_graph(captured.graph, modules, replaced)
-    facts.settle_ranks(captured.graph.nodes, modules)
     borders_read = borders.read(captured.graph, modules)
     aliasing.make_out_of_place(captured.graph, modules)
-    # What reads an input after it was changed in place reads the result now.
-    facts.settle_inputs(captured.graph.nodes, modules)
     views.settle(captured.graph.nodes, modules)
     graph = Graph(captured.graph, modules, options.cost)
     outcome = driver.rewrite(graph, options.rules, verify=options.verify, progress=options.progress)
@@ -447,7 +445,7 @@ def _checked_rules(passes: Sequence[Rule] | None) -> Sequence[Rule]:
         return default()
     for rule in passes:
         if not isinstance(rule, Rule):
-            raise ReparamError(f"passes must be instances of reparam.Rule, not {rule!r}")
+            raise ReparamError(f"passes must be instances of reparam.rules.Rule, not {rule!r}")
     return list(passes)
 
 

@@ -36,16 +36,8 @@ def modes_kept(function: Function) -> Function:
                 before = before.__context__
             raise
         finally:
-            if len(functions) != torch._C._len_torch_function_stack() or _functions() != functions:
-                while torch._C._len_torch_function_stack():
-                    torch._C._pop_torch_function_stack()
-                for mode in functions:
-                    torch._C._push_on_torch_function_stack(mode)
-            if len(dispatches) != torch._C._len_torch_dispatch_stack() or _dispatches() != dispatches:
-                while torch._C._len_torch_dispatch_stack():
-                    torch._C._pop_torch_dispatch_stack(None)
-                for mode in dispatches:
-                    torch._C._push_on_torch_dispatch_stack(mode)
+            if _functions() != functions or _dispatches() != dispatches:
+                _put_back(functions, dispatches)
             torch._C._set_grad_enabled(grad)
 
     return call  # type: ignore[return-value]
@@ -58,7 +50,35 @@ def below(mode: Mode) -> Iterator[Mode]:
     try:
         yield mode
     finally:
+        # After an interrupt, Python may come here late, when the stack has been put back.
+        if _dispatches()[-1:] == [mode]:
+            torch._C._pop_torch_dispatch_stack(None)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No mode in force, of those that this thread has."""
+    functions, dispatches = _functions(), _dispatches()
+    for _ in functions:
+        torch._C._pop_torch_function_stack()
+    for _ in dispatches:
         torch._C._pop_torch_dispatch_stack(None)
+    try:
+        yield
+    finally:
+        _put_back(functions, dispatches)
+
+
+def _put_back(functions: list[Any], dispatches: list[Any]) -> None:
+    """Stacks of modes as they were."""
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    for mode in functions:
+        torch._C._push_on_torch_function_stack(mode)
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+    for mode in dispatches:
+        torch._C._push_on_torch_dispatch_stack(mode)
 
 
 def _functions() -> list[Any]:

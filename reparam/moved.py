@@ -1,4 +1,4 @@
-"""Where pickles that were written before the packages look for classes: the modules that these have moved to."""
+"""Modules under the names that pickles of older versions know them by."""
 
 import sys
 

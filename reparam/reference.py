@@ -14,13 +14,16 @@ import torch.fx
 from torch import Tensor, nn
 
 from reparam import capture as capturing
-from reparam.compare import TOLERANCES, Call, LargestMagnitude, compare, relative_error, run
+from reparam.compare import TOLERANCES, Call, LargestMagnitude, compare, relative_error, run, wider
 from reparam.errors import ConditionError, ReparamError, VerificationError
 from reparam.graph import measure
 from reparam.graph.evaluate import doubled
 from reparam.graph.leaves import is_opaque
 from reparam.modes import below
 from reparam.report import Comparison, Remark
+
+# How much farther than its own rounding a result may be from a model.
+_ROUNDINGS = 4.0
 
 
 class Reference:
@@ -44,13 +47,15 @@ class Reference:
         if captured.draws and self.verify:
             self.remarks.append(Remark("capture", "Verify", "", "it draws random numbers; not compared"))
             self.verify = False
-        # The copy that was recorded: others may be using the model meanwhile.
-        model = captured.root
+        # A copy: others may be using the model meanwhile. That which was recorded has modules that recording made.
+        model = capturing.private_copy(model) if self.verify or given else model
         if self.verify:
             # Other numbers: what a graph took for a constant of the model's, and came from an input, is not the same.
-            call = _mirrored(self.call)
-            with contextlib.suppress(Exception):  # it may not take these, which the user has not asked for
-                self.calls.append((call, self._run(model, call)))
+            # And other sizes, where there is Python that could have kept one in a place where nobody saw it.
+            others = [_mirrored(self.call), *([wider(self.call)] if self.writes else [])]
+            for call in others:
+                with contextlib.suppress(Exception):  # it may not take these, which the user has not asked for
+                    self.calls.append((call, self._run(model, call)))
         if given:
             with capturing.unchanged(model, writes=self.writes):
                 self.multiply_adds = measure.multiply_adds_of(Frozen(self._called(model)), *self.call)
@@ -65,8 +70,9 @@ class Reference:
             return None
         try:
             comparisons = [compare(self.expected, self._run(compiled, self.call))]
-            with contextlib.suppress(ConditionError):  # which other numbers may not meet
-                comparisons += [compare(expected, self._run(compiled, call)) for call, expected in self.calls[1:]]
+            for call, expected in self.calls[1:]:
+                with contextlib.suppress(ConditionError):  # which other numbers and sizes may not meet
+                    comparisons.append(compare(expected, self._run(compiled, call)))
             return max(comparisons, key=lambda comparison: comparison.largest_error)
         except VerificationError as error:
             if self._differs_from_run_to_run():
@@ -175,10 +181,6 @@ class Reference:
             return None
         with capturing.unchanged(compiled, writes=self.writes):
             return measure.multiply_adds_of(Frozen(self._called(compiled)), *self.call)
-
-
-# How much farther than its own rounding a result may be from a model.
-_ROUNDINGS = 4.0
 
 
 def _mirrored(call: Call) -> Call:

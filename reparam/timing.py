@@ -1,18 +1,21 @@
-"""Timing several things side by side, so that they can be compared on a machine that has other things to do."""
+"""Seconds of several functions, timed in turns: comparable on a machine that has other things to do."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 KeyT = TypeVar("KeyT")
+RunT = TypeVar("RunT")
+TimeT = TypeVar("TimeT")
 
 
 @dataclass(frozen=True)
@@ -29,42 +32,82 @@ class Timing:
 
 
 def measure(
-    contestants: Mapping[str, Callable[[], object]],
+    contestants: Mapping[KeyT, Callable[[], object]],
     rounds: int,
     warmups: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time each contestant once a round, so that a slow minute of the machine falls on all of them alike.
+    *,
+    least: int = 1,
+    patience: float = math.inf,
+) -> dict[KeyT, Timing]:
+    """The times of several functions, each run once a round.
 
-    The order differs from round to round: nobody always follows the same neighbour.
+    Args:
+        contestants: What to run, by name.
+        rounds: How often each is timed.
+        warmups: How often each is run before.
+        clock: Tells the time in seconds.
+        least: Rounds after which ``patience`` may end it.
+        patience: Seconds after which no more rounds begin.
     """
     for run in list(contestants.values()) * warmups:
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    gc.collect()
-    gc.freeze()  # what there is already need not be walked before every run
-    try:
-        for index in range(rounds):
-            for name in in_turn(contestants, index):
-                gc.collect()
-                start = clock()
-                contestants[name]()
-                seconds[name].append(clock() - start)
-    finally:
-        gc.unfreeze()
-    return {name: summarise(values) for name, values in seconds.items()}
+    found: list[dict[KeyT, float]] = []
+    begun = time.perf_counter()
+    for seconds in in_rounds(contestants, stopwatch(clock)):
+        found.append(seconds)
+        if len(found) >= rounds or (len(found) >= least and time.perf_counter() - begun > patience):
+            break
+    return {name: summarise([seconds[name] for seconds in found]) for name in contestants}
+
+
+def in_rounds(
+    contestants: Mapping[KeyT, RunT], timer: Callable[[RunT], TimeT], start: int = 0
+) -> Generator[dict[KeyT, TimeT], None, None]:
+    """Rounds without end: what ``timer`` says of each contestant, one after the other.
+
+    A slow minute of the machine falls on all of them alike, and nobody always follows the same neighbour. The garbage
+    collector works between rounds only; where rounds are part of a round, between those.
+
+    Args:
+        contestants: What is timed, by name.
+        timer: Times one of them.
+        start: The number of the first round, which its order depends on.
+    """
+    with collector_paused() as outermost:
+        try:
+            if outermost:
+                gc.freeze()  # what there is already need not be walked before every round
+            for index in itertools.count(start):
+                if outermost:
+                    gc.collect()
+                yield {name: timer(contestants[name]) for name in in_turn(contestants, index)}
+        finally:
+            if outermost:
+                gc.unfreeze()
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without the garbage collector."""
+def collector_paused() -> Iterator[bool]:
+    """Without the garbage collector; whether it was at work before."""
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        yield enabled
     finally:
         if enabled:
             gc.enable()
+
+
+def stopwatch(clock: Callable[[], float] = time.perf_counter) -> Callable[[Callable[[], object]], float]:
+    """What times one run of a function, in seconds."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return seconds
 
 
 def in_turn(contestants: Iterable[KeyT], index: int) -> list[KeyT]:
@@ -114,7 +157,7 @@ def duel(
 ) -> Duel:
     """Find out which of two is faster, as soon as that is sure.
 
-    Each pair is one run of either, one right after the other and in alternating order, so whatever else the machine
+    Each pair is one run of either, one right after the other and in changing order, so whatever else the machine
     does falls on both alike. Who won a pair is all that counts (a sign test: the confidence interval of the median
     ratio excludes one), since single times are far from any distribution: a pause of a hundred milliseconds says no
     more than one of a microsecond.
@@ -124,19 +167,16 @@ def duel(
         patience: Seconds after which no more pairs are timed, once there are ten.
         clock: Tells the time in seconds.
     """
-    runs = (first, second)
-    for run in (*runs, *runs):
+    for run in (first, second) * 2:
         run()
     seconds: tuple[list[float], list[float]] = ([], [])
     begun = clock()
-    for pair in range(1, _LOOKS[-1] + 1):
-        for index in (0, 1) if pair % 2 else (1, 0):
-            start = clock()
-            runs[index]()
-            seconds[index].append(clock() - start)
+    for pair, taken in enumerate(in_rounds({0: first, 1: second}, stopwatch(clock)), start=1):
+        for index in (0, 1):
+            seconds[index].append(taken[index])
         late = pair >= _LOOKS[0] and clock() - begun > patience
         winner = _winner(*seconds) if pair in _LOOKS or late else None
-        if winner is not None or late:
+        if winner is not None or late or pair == _LOOKS[-1]:
             break
     return Duel(statistics.median(seconds[0]), statistics.median(seconds[1]), pair, winner)
 

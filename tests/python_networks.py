@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -414,7 +413,7 @@ OUTPUTS: dict[str, tuple[str, str]] = {
     "size": ("(x, x.shape[2])", "x, n = {call}\nx = x * n"),
     "dataclass": ("Out(x)", "o = {call}\nx = o.last if o.extra is None else o.last + o.extra"),
     "full dataclass": ("Out(x, (x.mean(), None))", "o = {call}\nx = o.last + [e for e in o.extra if e is not None][0]"),
-    "ordered": ("ModelOutput(last=x, extra=None)", 'o = {call}\nx = o.last if "extra" not in o else o["extra"]'),
+    "ordered": ("ModelOutput(logits=x, hidden=None)", 'o = {call}\nx = o.logits if "hidden" not in o else o["hidden"]'),
     "named tuple": ("Pair(x, x.shape[-1])", "last, n = {call}\nx = last / n"),
     "class": ("Boxed(x)", "x = {call}.value"),
     "subclass of list": ("Images([x, -x])", "x = {call}.first() * 2"),
@@ -447,15 +446,6 @@ class Out:
 class Pair(NamedTuple):
     last: Any
     number: Any
-
-
-class ModelOutput(OrderedDict[str, Any]):
-    def __init__(self, last: Any = None, extra: Any = None) -> None:
-        super().__init__((k, v) for k, v in (("last", last), ("extra", extra)) if v is not None)
-        self.last, self.extra = last, extra
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.last, self.extra)
 
 
 class Boxed:
@@ -515,7 +505,8 @@ _BEGIN = """import functools, math
 import torch, torch.utils.checkpoint
 import torch.nn.functional as F
 from torch import nn
-from python_networks import Boxed, Images, Keeps, ModelOutput, Out, Pair, Scaled, as_tuple_on_request, memoised
+from python_networks import Boxed, Images, Keeps, Out, Pair, Scaled, as_tuple_on_request, memoised
+from support import ModelOutput
 
 """
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _LIBRARIES: list[torch.library.Library] = []
@@ -45,6 +46,43 @@ class Net(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.function(self, x)
+
+
+class BlockNet(Net):
+    """A convolution, its norm and a linear layer, and a forward that uses them."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        super().__init__(forward, block=block, head=nn.Linear(4, 5), scale=nn.Parameter(torch.ones(5)))
+
+
+def asserts(net: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 3
+    return net.block(x)
+
+
+def pads(net: Any, x: Tensor) -> Tensor:
+    bottom = -x.shape[2] % 4
+    return net.block(F.pad(x, (0, 0, 0, bottom)))[:, :, : x.shape[2]] if len(x.shape) == 4 else x
+
+
+def assigns(net: Any, x: Tensor) -> Tensor:
+    assert x.ndim == 4
+    y = net.block(x).relu()
+    y[:, :1] = 0
+    y[:, 1:2] += 1
+    return y.relu_()
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """An output as those of transformers: a dict with attributes, which leaves out what is None."""
+
+    def __init__(self, logits: Any = None, hidden: Any = None) -> None:
+        super().__init__((k, v) for k, v in {"logits": logits, "hidden": hidden}.items() if v is not None)
+        self.logits, self.hidden = logits, hidden
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.logits, self.hidden)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

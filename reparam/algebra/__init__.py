@@ -16,7 +16,7 @@ input ``i`` writes to output ``stride * i + offset``.
 from reparam.algebra.affine import ChannelAffine
 from reparam.algebra.combine import compose, concatenate, parallel
 from reparam.algebra.convolution import AnyConv, Conv, ConvTranspose, Linear, as_conv
-from reparam.algebra.operator import ZEROS, Operator
+from reparam.algebra.operator import ZEROS, Operator, Padding
 from reparam.algebra.permutation import Permute
 from reparam.algebra.windows import AveragePool, Pad
 
@@ -30,6 +30,7 @@ __all__ = [
     "Linear",
     "Operator",
     "Pad",
+    "Padding",
     "Permute",
     "as_conv",
     "compose",

@@ -2,7 +2,7 @@
 
 A merged kernel may compute a little more than what it replaces: it saves the writing and reading of a feature map for
 every kernel that is no longer launched. Costs are multiply-adds for one position of the output. A :class:`Cost` decides
-by counting, the one in :mod:`reparam.latency` by timing; rules ask the one that their graph has.
+by counting, the one in :mod:`reparam.tuning.latency` by timing; rules ask the one that their graph has.
 """
 
 from __future__ import annotations

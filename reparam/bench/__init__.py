@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reparam import compiler
-from reparam.bench.race import Benchmark, Progress, Row, Settings, race
+from reparam.bench.racing import Benchmark, Progress, Row, Settings, race
 from reparam.bench.runtimes import RUNTIMES, Runtime
 from reparam.errors import ReparamError, reason
 

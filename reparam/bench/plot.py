@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reparam.atomic import atomic_write
-from reparam.bench.race import Benchmark
+from reparam.bench.racing import Benchmark
 from reparam.errors import ReparamError
 
 _FORMATS = (".png", ".svg", ".pdf")

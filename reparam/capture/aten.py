@@ -25,11 +25,6 @@ def is_check(target: Any) -> bool:
     return isinstance(target, OpOverload) and target.namespace == "aten" and name_of(target) in _CHECKS
 
 
-def is_slice(target: Any) -> bool:
-    """Whether an operator takes a slice of a tensor along one axis."""
-    return isinstance(target, OpOverload) and target.namespace == "aten" and name_of(target) == "slice"
-
-
 def name_of(target: OpOverload) -> str:
     """Name of an operator without namespace and overload."""
     return str(target._schema.name).partition("::")[2]

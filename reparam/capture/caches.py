@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.capture.state import State, same_items, writes_undone
+from reparam.capture.state import State, writes_undone
+from reparam.capture.structures import resized
 from reparam.compare import compare
 
 # Added to the sizes of an example, or what they are multiplied by.
@@ -66,23 +67,9 @@ def _caches(root: nn.Module, call: Any, state: State) -> list[tuple[nn.Module, s
 
 
 def _changed(state: State) -> list[tuple[nn.Module, str]]:
-    """Attributes that are not what they were: modules, and names."""
-    own = ("_parameters", "_buffers", "_modules")
-    found = [
-        (module, name)
-        for module, attributes in state.attributes.items()
-        for name, value in attributes.items()
-        if name not in own and differs(value, module.__dict__.get(name))
-    ]
-    for module, contents in state.contents.items():
-        buffers = contents.get("_buffers", {})
-        found += [(module, name) for name, value in buffers.items() if module._buffers.get(name) is not value]
-        found += [
-            (module, name)
-            for name, value in contents.items()
-            if name not in own and not same_items(value, module.__dict__.get(name))
-        ]
-    return found
+    """Attributes and buffers that are not what they were: modules, and names."""
+    changed = [(module, name) for module in state.attributes for name in state.changes(module)]
+    return [(module, name) for module, name in changed if name != "_modules" and name not in module._parameters]
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:
@@ -93,16 +80,6 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
         module._buffers[name] = value
     else:
         module.__dict__[name] = value
-
-
-def differs(old: Any, new: Any) -> bool:
-    """Whether an attribute is another one than before; tensors that are other objects are."""
-    if old is new:
-        return False
-    try:
-        return type(old) is not type(new) or isinstance(old, Tensor) or bool(old != new)
-    except Exception:  # whatever comparing people's objects raises
-        return True
 
 
 def _run(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
@@ -131,15 +108,11 @@ def _other(root: nn.Module, call: Any, state: State, restore: bool = True) -> An
 
 
 def _resized(change: Callable[[int], int], x: Tensor) -> Tensor:
-    """Numbers of a tensor over and over, along more of them on every axis of space."""
-    for axis in range(2, x.dim()):
-        x = x.index_select(axis, torch.arange(change(x.shape[axis]), device=x.device) % x.shape[axis])
-    return x
+    return resized(x, {axis: change(x.shape[axis]) for axis in range(2, x.dim())})
 
 
 def is_same(a: Any, b: Any) -> bool:
     """Whether two outputs are the same numbers: what is computed anew is, to the last bit."""
-
     try:
         compare(a, b, 1e-12)
     except Exception:

@@ -128,21 +128,9 @@ def is_copied_plainly(cls: Any) -> bool:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy``, with a short way for what nearly every attribute of a module is."""
-    known = memo.get(id(value))
-    if known is not None:
-        return known
-    cls = type(value)
-    if cls in _CONTAINERS and not value:
-        memo[id(value)] = known = cls()
-        return known
-    if cls is dict:
-        # Noted before it is filled, as several modules may hold it.
-        copied: dict[Any, Any] = memo.setdefault(id(value), {})
-        copied.update({k: _copied(v, memo) for k, v in value.items()})
-        return copied
-    if cls in ATOMS or (cls is tuple and all(type(item) in ATOMS for item in value)):
-        return value
+    """``copy.deepcopy``, with a short way for what most attributes of a module are."""
+    if type(value) in _CONTAINERS and not value:
+        return memo.setdefault(id(value), type(value)())
     return copy.deepcopy(value, memo)
 
 

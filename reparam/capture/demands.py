@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import itertools
 import sys
+from collections.abc import Callable
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
@@ -22,29 +23,32 @@ _KEEPS = ("STORE", "RETURN", "FOR_ITER", "YIELD", "BINARY_SUBSCR", "CONTAINS", "
 
 def is_demanded() -> bool:
     """Whether the innermost frame of a model's own code is at a decision of which one outcome raises an error."""
-    frame = _frame()
-    return frame is not None and _raises(frame.f_code, frame.f_lasti)
+    return _asked(_raises)
 
 
 def is_said() -> bool:
     """Whether the innermost frame of a model's own code makes a text of a number that goes into a mere message."""
-    frame = _frame()
-    return frame is not None and _is_message(frame.f_code, frame.f_lasti)
+    return _asked(_is_message)
 
 
 def is_guarded() -> bool:
     """Whether the innermost frame of a model's own code would catch an error of what it is about to call."""
-    frame = _frame()
-    return (
-        frame is not None
-        and bool(getattr(frame.f_code, "co_exceptiontable", b""))
-        and _catches(frame.f_code, frame.f_lasti)
-    )
+    return _asked(_catches)
+
+
+def _asked(question: Callable[[CodeType, int], bool]) -> bool:
+    """Whether something holds of where the innermost frame of a model's own code is."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and f"{frame.f_globals.get('__name__')}.".startswith(("reparam.capture.", "torch.")):
+        frame = frame.f_back
+    return frame is not None and question(frame.f_code, frame.f_lasti)
 
 
 @cache
 def _catches(code: CodeType, offset: int) -> bool:
     """Whether an instruction lies in a ``try`` with a handler that does more than clean up."""
+    if not getattr(code, "co_exceptiontable", b""):
+        return False
     steps, places = _steps(code)
     parse: Any = getattr(dis, "_parse_exception_table", lambda code: [])
     for entry in parse(code):
@@ -55,13 +59,6 @@ def _catches(code: CodeType, offset: int) -> bool:
                 if "WITH_EXCEPT_START" not in names:
                     return True
     return False
-
-
-def _frame() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and f"{frame.f_globals.get('__name__')}.".startswith(("reparam.capture.", "torch.")):
-        frame = frame.f_back
-    return frame
 
 
 @cache

@@ -39,8 +39,9 @@ def inputs_of(model: nn.Module) -> list[str]:
 
 def guesses(model: nn.Module) -> Iterator[Tensor]:
     """Random inputs that a model might take: of the channels of its first layers, of several sizes."""
-    tensors = (tensor for module in model.modules() for _, tensor in tensors_in(module))
-    like = _first_parameter(tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex())
+    tensors = [tensor for module in model.modules() for _, tensor in tensors_in(module)]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    like = next((tensor for tensor in floating if isinstance(tensor, nn.Parameter)), [*floating, torch.empty(0)][0])
     known, rank = _shape_known(model), _rank_known(model)
     shapes = itertools.chain([] if known is None else [known], _shapes(model, inputs_of(model)))
     fitting = (shape for shape in shapes if rank is None or len(shape) == rank)
@@ -49,16 +50,6 @@ def guesses(model: nn.Module) -> Iterator[Tensor]:
         yield torch.randn(
             shape, generator=generator, dtype=torch.complex128 if like.is_complex() else torch.float64
         ).to(like.device, like.dtype)
-
-
-def _first_parameter(tensors: Iterable[Tensor]) -> Tensor:
-    """The first parameter among some tensors, or else the first of them."""
-    first = None
-    for tensor in tensors:
-        if isinstance(tensor, nn.Parameter):
-            return tensor
-        first = tensor if first is None else first
-    return torch.empty(0) if first is None else first
 
 
 def _different(items: Iterable[Item]) -> Iterator[Item]:

@@ -6,9 +6,9 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from reparam.capture.captured import Call, Capture
 from reparam.capture.copies import private_copy
-from reparam.capture.program import Capture, record
-from reparam.capture.tape import Call
+from reparam.capture.program import record
 from reparam.errors import CaptureError, ReparamError
 
 

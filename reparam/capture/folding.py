@@ -48,8 +48,8 @@ def fold(graph: Graph, root: nn.Module, modules: Mapping[str, nn.Module], storag
             root.__dict__[name] = value
             with graph.inserting_before(node):
                 made = graph.get_attr(name)
-            facts.know(made, scope=facts.of(node).scope, rank=value.dim(), shape=tuple(value.shape))
-            facts.note(made)
+            facts.know(made, scope=facts.of(node).scope)
+            facts.note_value(made, value)
             node.replace_all_uses_with(made, lambda user: user not in values)
         if node.op != "get_attr" and not node.users:
             graph.erase_node(node)

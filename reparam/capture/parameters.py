@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.capture.copies import tensor_storages, tensors_in
-from reparam.capture.state import NoSideEffects, State, UnrecordableError, same_items
+from reparam.capture.state import NoSideEffects, State, UnrecordableError, inside, items, put_back, same_items
 from reparam.graph.leaves import HOOKS, carries_hooks, is_leaf
 from reparam.modes import below
 
@@ -127,27 +127,15 @@ class _Untouchable:
 
 def _set_by(hook: Any, module: nn.Module, modules: Sequence[nn.Module]) -> Mapping[str, Tensor]:
     """The tensors of ``module`` that a hook sets, when that is all that it does."""
-    before = {other: _attributes(other) for other in modules}
-    containers = State(modules).contents
+    state = State(modules)
     with _closure_kept(hook):
         if hook(module, _Untouchable()) is not None:
             raise _NotAProgramError
-    changed = {}
-    for other, old in before.items():
-        new = _attributes(other)
-        names = [name for name in old.keys() | new.keys() if old.get(name) is not new.get(name)]
-        if names and (other is not module or not all(isinstance(new.get(name), Tensor) for name in names)):
-            raise _NotAProgramError
-        changed.update({name: new[name] for name in names})
-        for name, items in containers[other].items():
-            kept = name in ("_parameters", "_buffers") or same_items(other.__dict__.get(name), items)
-            if not kept:
-                raise _NotAProgramError
-    return changed
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {**module.__dict__, **module._parameters, **module._buffers, **module._modules}
+    changed = [(other, name) for other in modules for name in state.changes(other)]
+    held = {**module.__dict__, **module._parameters, **module._buffers}
+    if any(other is not module or not isinstance(held.get(name), Tensor) for other, name in changed):
+        raise _NotAProgramError
+    return {name: held[name] for _, name in changed}
 
 
 @contextmanager
@@ -155,19 +143,18 @@ def _closure_kept(hook: Any) -> Iterator[None]:
     """Raise when a function changes the Python values that it has closed over, or an object its own attributes."""
     cells = getattr(inspect.unwrap(hook), "__closure__", None) or ()
     held = [(cell, cell.cell_contents) for cell in cells]
-    contents = [(value, type(value)(value)) for _, value in held if isinstance(value, (list, dict, set))]
-    attributes = dict(vars(hook)) if not inspect.isroutine(hook) and hasattr(hook, "__dict__") else {}
+    seen: set[int] = set()
+    contents = [(holder, items(holder)) for value in (hook, *(v for _, v in held)) for holder in inside(value, seen)]
     try:
         yield
     finally:
-        moved = any(cell.cell_contents is not value for cell, value in held)
-        grown = [(value, old) for value, old in contents if value != old]
+        changed = any(cell.cell_contents is not value for cell, value in held)
+        changed |= not all(same_items(holder, old) for holder, old in contents)
         for cell, value in held:
             cell.cell_contents = value
-        for value, old in grown:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(old)
-    if moved or grown or (attributes and vars(hook) != attributes):
+        for holder, old in contents:
+            put_back(holder, old)
+    if changed:
         raise _NotAProgramError
 
 

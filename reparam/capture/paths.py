@@ -8,18 +8,32 @@ decision were seen, and the operations are the same in all of them, nothing is l
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from reparam.capture.sizes import Number
+from reparam.capture.calls import quiet
+from reparam.capture.captured import Call, Capture
+from reparam.capture.sizes import SYMBOLIC, Number, hinted
+from reparam.capture.state import UnrecordableError
+from reparam.capture.structures import leaves, mapped, resized
+from reparam.capture.tape import Tape
+from reparam.errors import first_line
+from reparam.graph import facts
 from reparam.graph.conditions import select
+from reparam.graph.outputs import is_plain
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from reparam.capture.recording import Session
 
 # Sides of the images that a module is tried on: multiples of small numbers and their neighbours.
 _SIDES = (12, 13, 14, 15, 16, 17, 21, 28, 32)
@@ -45,12 +59,6 @@ class Path:
     constants: dict[str, Any]
     decisions: list[tuple[Number, bool]]
 
-    def plain(self, value: Any) -> Any:
-        """An argument with numbers in the place of nodes that are numbers."""
-        if isinstance(value, Node):
-            return self.numbers.get(value, value)
-        return value
-
 
 def other_calls(call: Any) -> Iterator[Any]:
     """Calls like one, with small images of many sizes in the place of its images."""
@@ -62,102 +70,105 @@ def other_calls(call: Any) -> Iterator[Any]:
 
 
 def _resized(sides: tuple[int, ...], x: Tensor) -> Tensor:
-    if x.dim() != 4:
-        return x
-    rows, columns = (torch.arange(side, device=x.device) % size for side, size in zip(sides, x.shape[2:], strict=True))
-    return x[:1, :, rows][:, :, :, columns].clone()
+    return resized(x[:1], dict(enumerate(sides, 2))) if x.dim() == 4 else x
 
 
 class Tree:
-    """Ways of deciding, by the decisions that tell them apart.
+    """Ways of deciding, told apart by their decisions; the one of the example is the first."""
 
-    Attributes:
-        path: The way, where nothing is left to be decided.
-        decision: What is decided first.
-        branches: What follows each outcome.
-    """
+    def __init__(self, base: Path) -> None:
+        self.paths: list[Path] = []
+        self.known: set[Any] = set()
+        self.places: dict[Node, int] = {}
+        self.add(base)
 
-    def __init__(self, path: Path, depth: int = 0, places: dict[Node, int] | None = None) -> None:
-        self.places: dict[Node, int] = {} if places is None else places
+    def add(self, path: Path) -> None:
+        """Add a way."""
         self.places.update({node: index for index, node in enumerate(path.nodes)})
-        self.path: Path | None = path if depth == len(path.decisions) else None
-        self.decision: Number | None = None
-        self.branches: dict[bool, Tree] = {}
-        if self.path is None:
-            self.decision, outcome = path.decisions[depth]
-            self.branches[outcome] = Tree(path, depth + 1, self.places)
-
-    def add(self, path: Path, depth: int = 0) -> bool:
-        """Add a way; whether it was new."""
-        if self.decision is None or depth == len(path.decisions):
-            if self.decision is not None or depth != len(path.decisions):
-                raise DifferError("decisions follow each other in different orders")
-            return False
-        decision, outcome = path.decisions[depth]
-        self.places.update({node: index for index, node in enumerate(path.nodes)})
-        if self.text(decision) != self.text(self.decision):
-            raise DifferError("what is decided depends on more than sizes")
-        if outcome in self.branches:
-            return self.branches[outcome].add(path, depth + 1)
-        self.branches[outcome] = Tree(path, depth + 1, self.places)
-        return True
+        decisions = tuple((self.text(decision), outcome) for decision, outcome in path.decisions)
+        if decisions not in self.known:
+            self.known.add(decisions)
+            self.paths.append(path)
 
     def text(self, value: Any) -> Any:
         """What a number is computed from, the same for all ways: nodes by where they stand in them."""
         if isinstance(value, Node):
-            return self.places[value]
+            return self.places.get(value, value)
         if not isinstance(value, Number):
             return value
         return value.function, *map(self.text, value.operands)
 
-    def paths(self) -> Iterator[Path]:
-        """All ways."""
-        if self.path is not None:
-            yield self.path
-        for branch in self.branches.values():
-            yield from branch.paths()
-
     def is_complete(self) -> bool:
         """Whether both outcomes of every decision were seen."""
-        return self.decision is None or (
-            len(self.branches) == 2 and all(b.is_complete() for b in self.branches.values())
-        )
+        return self._is_complete(self.paths, 0)
 
-    def choose(self, values: dict[int, Any]) -> Any:
+    def _is_complete(self, paths: list[Path], depth: int) -> bool:
+        if all(len(path.decisions) == depth for path in paths):
+            return True
+        if any(len(path.decisions) == depth for path in paths):
+            raise DifferError("decisions follow each other in different orders")
+        if len({self.text(path.decisions[depth][0]) for path in paths}) > 1:
+            raise DifferError("what is decided depends on more than sizes")
+        branches = [[path for path in paths if path.decisions[depth][1] is outcome] for outcome in (True, False)]
+        return all(branch and self._is_complete(branch, depth + 1) for branch in branches)
+
+    def choose(self, values: list[tuple[Path, Any]], depth: int = 0) -> Any:
         """One of some values, by path, as the decisions have it: a number."""
-        if self.path is not None:
-            return values[id(self.path)]
-        yes, no = (self.branches[outcome].choose(values) for outcome in (True, False))
+        decisions, value = values[0][0].decisions, values[0][1]
+        if len(decisions) == depth:
+            return value
+        yes, no = (
+            self.choose([item for item in values if item[0].decisions[depth][1] is outcome], depth + 1)
+            for outcome in (True, False)
+        )
         if self.text(yes) == self.text(no):
             return yes
-        assert self.decision is not None
-        hint = yes if self.decision.hint else no
+        decision = decisions[depth][0]
+        hint = yes if decision.hint else no
         hint = hint.hint if isinstance(hint, Number) else hint
-        return Number(self.decision.recorder, select, (self.decision, yes, no), hint)
+        return Number(decision.recorder, select, (decision, yes, no), hint)
 
+    def merged(self) -> dict[Node, tuple[Any, Any]]:
+        """The arguments of every node of the first way, with numbers that are selected where the ways differ.
 
-def merged(tree: Tree, base: Path) -> dict[Node, tuple[Any, Any]]:
-    """The arguments of every node of one way, with numbers that are selected where the ways differ.
-
-    Raises:
-        DifferError: They are not the same operations.
-    """
-    paths = list(tree.paths())
-    result = {}
-    for index, node in enumerate(base.nodes):
-        twins = [path.nodes[index] if index < len(path.nodes) else None for path in paths]
-        for path, twin in zip(paths, twins, strict=True):
-            if twin is None or len(path.nodes) != len(base.nodes) or (twin.op, twin.target) != (node.op, node.target):
+        Raises:
+            DifferError: They are not the same operations.
+        """
+        base, *others = self.paths
+        for path in others:
+            if [(node.op, node.target) for node in path.nodes] != [(node.op, node.target) for node in base.nodes]:
                 raise DifferError("other operations")
-            if node.op == "get_attr" and not _same(
-                path.constants.get(str(node.target)), base.constants.get(str(node.target))
-            ):
-                raise DifferError("other constants")
-        result[node] = tuple(
-            _merge(tree, base, paths, [getattr(twin, field) for twin in twins], getattr(node, field))
-            for field in ("args", "kwargs")
-        )
-    return result
+        result = {}
+        for twins in zip(*(path.nodes for path in self.paths), strict=True):
+            if twins[0].op == "get_attr":
+                constants = [path.constants.get(str(twins[0].target)) for path in self.paths]
+                if not all(_same(constant, constants[0]) for constant in constants):
+                    raise DifferError("other constants")
+            result[twins[0]] = self._merged([(node.args, node.kwargs) for node in twins])
+        return result
+
+    def _merged(self, values: list[Any]) -> Any:
+        if any(mapped(value, _nothing) != mapped(values[0], _nothing) for value in values):
+            raise DifferError("other arguments")
+        items = (self._merged_item(items) for items in zip(*map(leaves, values), strict=True))
+        return mapped(values[0], lambda _: next(items))
+
+    def _merged_item(self, items: tuple[Any, ...]) -> Any:
+        found = [
+            path.numbers.get(item, item) if isinstance(item, Node) else item
+            for path, item in zip(self.paths, items, strict=True)
+        ]
+        if all(isinstance(item, Node) == isinstance(found[0], Node) for item in found) and all(
+            self.text(item) == self.text(found[0]) for item in found
+        ):
+            return found[0]
+        if not all(isinstance(item, (int, float, Number)) for item in found):
+            raise DifferError("other operands or settings")
+        return self.choose(list(zip(self.paths, found, strict=True)))
+
+
+def _nothing(value: Any) -> None:
+    """None: of a structure, only its form is left."""
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -166,30 +177,120 @@ def _same(a: Any, b: Any) -> bool:
     return a is b
 
 
-def _merge(tree: Tree, base: Path, paths: list[Path], values: list[Any], own: Any) -> Any:
-    plain = [path.plain(value) for path, value in zip(paths, values, strict=True)]
-    own = base.plain(own)
-    if isinstance(own, (tuple, list)):
-        if any(not isinstance(value, (tuple, list)) or len(value) != len(own) for value in plain):
-            raise DifferError("other arguments")
-        items = [_merge(tree, base, paths, [value[i] for value in plain], item) for i, item in enumerate(own)]
-        return tuple(items) if isinstance(own, tuple) else items
-    if isinstance(own, dict):
-        if any(not isinstance(value, dict) or value.keys() != own.keys() for value in plain):
-            raise DifferError("other arguments")
-        return {key: _merge(tree, base, paths, [value[key] for value in plain], item) for key, item in own.items()}
-    if type(own) is slice:
-        bounds = [
-            _merge(tree, base, paths, [getattr(value, name, None) for value in plain], getattr(own, name))
-            for name in ("start", "stop", "step")
-        ]
-        return slice(*bounds)
-    if isinstance(own, Node):
-        if any(not isinstance(value, Node) or tree.places[value] != tree.places[own] for value in plain):
-            raise DifferError("other operands")
-        return own
-    if all(tree.text(value) == tree.text(own) for value in plain):
-        return own
-    if not all(isinstance(value, (int, float, Number)) for value in plain):
-        raise DifferError("other settings")
-    return tree.choose({id(path): value for path, value in zip(paths, plain, strict=True)})
+def in_all_ways(
+    session: Session, tape: Tape, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What a module returns that decides by sizes, recorded in every way that it may decide.
+
+    Raises:
+        DifferError: The ways are not the same operations, or not all of them were seen.
+    """
+    session.refused_size = False
+    call = mapped((args, kwargs), hinted)
+    recorded, base = _way(session, module, call)
+    tree = Tree(base)
+    with session.unrecorded():
+        others = list(other_calls(call))
+    for other in others:
+        if not tree.is_complete():
+            try:
+                way = _way(session, module, other)[1]
+            except Exception:  # it takes no such images
+                continue
+            tree.add(way)
+    if not tree.is_complete():
+        raise DifferError("not all ways were seen")
+    frame = tape.push(path, module, ())
+    try:
+        with quiet():
+            result = _inlined(session, tape, path, (args, kwargs), recorded, tree)
+    except (DifferError, UnrecordableError) as error:
+        session.failed = None
+        session.roll_back(tape, frame)
+        raise DifferError(first_line(error)) from error
+    tape.frames.pop()
+    return result
+
+
+def _way(session: Session, module: nn.Module, call: Call) -> tuple[Capture, Path]:
+    """One way in which a module decides."""
+    session.collecting.append([])
+    try:
+        recorded = session.record_module(module, call, is_part=True)
+    except Exception as error:
+        if error is session.genuine:
+            session.genuine = None
+        raise
+    finally:
+        decisions = session.collecting.pop()
+        session.changes.state.restore(module.modules())
+    if isinstance(recorded, str) or recorded.parts:
+        raise DifferError(recorded if isinstance(recorded, str) else "it calls Python that stays")
+    if not is_plain(recorded.output) or not all(
+        leaf is None or isinstance(leaf, Tensor) for leaf in leaves(recorded.output)
+    ):
+        raise DifferError("it returns more than tensors")
+    nodes = [node for node in recorded.graph.nodes if node not in recorded.numbers]
+    return recorded, Path(nodes, recorded.numbers, recorded.made, decisions)
+
+
+def _inlined(session: Session, tape: Tape, path: str, call: Call, recorded: Capture, tree: Tree) -> Any:
+    """Put the graph of a module in the place of its call."""
+    with session.unrecorded():
+        arguments = tree.merged()
+    base = tree.paths[0]
+    module, (args, kwargs) = recorded.root, call
+    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    made: dict[Node, Any] = {}
+
+    def number(value: Number) -> Any:
+        operands = tuple(number(item) if isinstance(item, Number) else item for item in value.operands)
+        if value.function == "size" or value.function is None:
+            node = base.nodes[tree.places[operands[0]]]
+            if value.function is None:
+                return bound[str(node.target)]
+            operands = made[node], *operands[1:]
+        return Number(session, value.function, operands, value.hint)
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, Number):
+            value = number(value)
+            return tape.number(value) if isinstance(value, Number) else tape.argument(value)
+        return made[value] if isinstance(value, Node) else value
+
+    for node in base.nodes:
+        given = arguments[node]
+        match node.op:
+            case "placeholder":
+                name = str(node.target)
+                value = bound.get(name.lstrip("*"), node.args[0] if node.args else None)
+                if name.startswith("*") or not isinstance(
+                    value, (Tensor, bool, int, float, str, type(None), *SYMBOLIC)
+                ):
+                    if node.users:
+                        raise DifferError("it takes more than tensors and settings")
+                    continue
+                made[node] = tape.argument(value)
+                continue
+            case "get_attr" if str(node.target) in recorded.made:
+                made[node] = tape.constant(recorded.made[str(node.target)])
+                continue
+            case "output":
+                break
+        target = node.target
+        if node.op in ("get_attr", "call_module"):
+            target = f"{path}.{target}" if path else target
+        twin = tape.node(node.op, target, *mapped(given, argument))
+        scope = facts.of(node).scope
+        twin.meta = dict(node.meta)
+        facts.know(twin, scope=f"{path}.{scope}" if scope and path else path or scope)
+        tape.shapes[twin] = recorded.shapes.get(node, torch.Size())
+        made[node] = twin
+    output = next(iter(reversed(recorded.graph.nodes))).args[0]
+    pairs = zip(leaves(recorded.output), leaves(output), strict=True)
+    for value, node in pairs:
+        if isinstance(value, Tensor):
+            tape.bind(value, made[node])
+        elif value is not None:
+            raise DifferError("it returns more than tensors")
+    return recorded.output

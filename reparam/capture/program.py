@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,51 +11,14 @@ from torch.fx import Graph
 
 from reparam.capture import parameters
 from reparam.capture.caches import forgotten, is_same
+from reparam.capture.captured import Call, Capture
 from reparam.capture.copies import private_copy, tensor_storages
 from reparam.capture.examples import guesses, inputs_of
 from reparam.capture.recording import Session
 from reparam.capture.state import UnrecordableError
-from reparam.capture.tape import Call, Recorded
 from reparam.errors import ReparamError
-from reparam.graph import facts
-from reparam.graph.conditions import Argument
 from reparam.graph.leaves import carries_hooks, is_leaf
 from reparam.report import Remark
-
-
-@dataclass
-class Capture:
-    """A recorded model, or a part of one.
-
-    Attributes:
-        root: Private copy of the model in eval mode, whose modules and tensors the graph refers to. Its tensors
-            share memory with the model's own.
-        graph: What ``root`` computes. Every node has its scope (module path that it ran in) and what
-            :mod:`reparam.facts` knows. It calls nothing where the root stays Python.
-        modules: Its modules by path, the root at the empty one.
-        storages: Identities of the memory that its tensors, and the model's, lie in.
-        remarks: Which modules were left opaque, and why; what the graph depends on.
-        traced: Whether there is a graph.
-        draws: Whether it drew random numbers.
-        call: The call that was recorded, None where there was none.
-        output: What the model returned.
-        outputs: What its methods returned, where the root stays Python.
-        parts: Modules that were recorded by themselves, inside of Python that stays, by path.
-        arguments: What has to stay the same of a call.
-    """
-
-    root: nn.Module
-    graph: Graph
-    modules: dict[str, nn.Module]
-    storages: frozenset[int]
-    remarks: list[Remark] = field(default_factory=list)
-    traced: bool = True
-    draws: bool = False
-    call: Call | None = None
-    output: Any = None
-    outputs: dict[str, Any] = field(default_factory=dict)
-    parts: dict[str, Capture] = field(default_factory=dict)
-    arguments: tuple[Argument, ...] = ()
 
 
 def capture(model: nn.Module, call: Call | None = None, *, sizes: str = "any") -> Capture:
@@ -103,17 +65,15 @@ def capture_parts(
         if found is None or found.call is None:
             return _without_example(root, storages, sizes)
         known = [(name, found.call) for name, _ in entries]
-    try:
-        whole = _captured(Session(root, free=sizes == "any").record(known[0][1], entries=known), storages)
+    with _explained():
+        whole = _finished(Session(root, free=sizes == "any").record(known[0][1], entries=known), storages)
         wanted = {module for part in _all(whole.parts) for span in spans(part) if (module := _within(part, span))}
         again = private_copy(model)
         parameters.settle(again)
         places = dict(again.named_modules())
         only = frozenset(places[path] for path, module in root.named_modules() if module in wanted)
         session = Session(again, free=sizes == "any", only=only)
-        return _captured(session.record(known[0][1], entries=known), tensor_storages(again.modules()) | storages)
-    except UnrecordableError as error:
-        raise ReparamError(f"the model does not run on the example inputs: {error}") from error
+        return _finished(session.record(known[0][1], entries=known), tensor_storages(again.modules()) | storages)
 
 
 def _all(parts: Mapping[str, Capture]) -> Iterator[Capture]:
@@ -139,7 +99,7 @@ def record(root: nn.Module, call: Call | None = None, *, sizes: str = "any") -> 
     storages = tensor_storages(root.modules())
     if call is None:
         return _without_example(root, storages, sizes)
-    try:
+    with _explained():
         recorded = Session(root, free=sizes == "any").record(call)
         if recorded.by_size:
             # What it decided by may be what it remembers of earlier calls.
@@ -147,12 +107,17 @@ def record(root: nn.Module, call: Call | None = None, *, sizes: str = "any") -> 
                 if caches:
                     again = Session(root, free=sizes == "any").record(call)
                     recorded = again if is_same(again.output, recorded.output) else recorded
-        return _captured(recorded, storages)
-    except UnrecordableError as error:
-        raise ReparamError(f"the model does not run on the example inputs: {error}") from error
+        return _finished(recorded, storages)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise as a ReparamError that a model does not run."""
+    try:
+        yield
     except ReparamError:
         raise
-    except Exception as error:
+    except (Exception, UnrecordableError) as error:
         raise ReparamError(f"the model does not run on the example inputs: {error}") from error
 
 
@@ -181,7 +146,7 @@ def _guessed(root: nn.Module, storages: frozenset[int], sizes: str) -> Capture |
             continue
         shape = "x".join(map(str, x.shape))
         said = f"no example inputs were given; made up: {' and '.join(names)} of {x.dtype}, {shape}"
-        captured = _captured(recorded, storages)
+        captured = _finished(recorded, storages)
         captured.remarks.insert(0, Remark("capture", "Example", "", said))
         return captured
     return None
@@ -202,20 +167,16 @@ def _parts(parent: nn.Module, path: str, storages: frozenset[int]) -> Iterator[t
             yield from _parts(child, where, storages)
 
 
-def _captured(recorded: Recorded, storages: frozenset[int]) -> Capture:
+def _finished(recorded: Capture, storages: frozenset[int]) -> Capture:
     """What was recorded, with what the graph refers to in its place."""
     for name, value in recorded.made.items():
         if isinstance(value, nn.Module):
             recorded.root.add_module(name, value)
         else:
             recorded.root.__dict__[name] = value
-    graph = recorded.graph or Graph()
-    graph._tracer_cls = None
-    facts.settle_inputs(graph.nodes, recorded.modules)
-    return Capture(
-        recorded.root, graph, recorded.modules, storages, recorded.remarks, recorded.graph is not None, recorded.draws,
-        recorded.call, recorded.output, recorded.outputs, {
-            path: _captured(part, storages)
-            for path, part in recorded.parts.items() if part.graph is not None and part.alike
-        }, recorded.arguments,
-    )  # fmt: skip
+    recorded.graph._tracer_cls = None
+    recorded.storages = storages
+    recorded.parts = {
+        path: _finished(part, storages) for path, part in recorded.parts.items() if part.traced and part.alike
+    }
+    return recorded

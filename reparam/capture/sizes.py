@@ -77,58 +77,49 @@ class Number:
 
     # What torch asks.
 
-    def is_int(self) -> bool:
-        """Whether it is an int."""
-        return type(self.hint) is int
-
-    def is_float(self) -> bool:
-        """Whether it is a float."""
-        return type(self.hint) is float
-
-    def is_bool(self) -> bool:
-        """Whether it is a bool."""
-        return type(self.hint) is bool
-
-    def is_nested_int(self) -> bool:
-        """No."""
-        return False
+    is_int = lambda self: type(self.hint) is int  # noqa: E731
+    is_float = lambda self: type(self.hint) is float  # noqa: E731
+    is_bool = lambda self: type(self.hint) is bool  # noqa: E731
 
     def is_symbolic(self) -> bool:
-        """Yes."""
+        """Whether it is more than a number: yes."""
         return True
 
-    def is_constant(self) -> bool:
-        """No."""
+    def is_nested_int(self) -> bool:
+        """Whether it is a plain number, or may be taken for one: no."""
         return False
 
-    def maybe_as_int(self) -> int | None:
+    is_constant = is_nested_int
+
+    def maybe_as_int(self) -> None:
         """None: it is not settled."""
-        return None
 
-    def guard_int(self, file: str, line: int) -> int:
+    def guard_int(self, *_: Any) -> Any:
         """The number; it is decided by from here on."""
-        return int(pinned(self))
+        return pinned(self)
 
-    def guard_float(self, file: str, line: int) -> float:
-        """As :meth:`guard_int`."""
-        return float(pinned(self))
-
-    def guard_bool(self, file: str, line: int) -> bool:
-        """As :meth:`guard_int`."""
-        return bool(pinned(self))
-
-    def int_(self) -> int:
-        """As :meth:`guard_int`."""
-        return int(pinned(self))
-
-    def bool_(self) -> bool:
-        """As :meth:`guard_int`."""
-        return bool(pinned(self))
+    guard_float = guard_bool = int_ = bool_ = guard_int
 
     def expect_true(self, file: str, line: int) -> bool:
         """The bool, which the model itself demands to be true."""
         self.recorder.decide(self, bool(self.hint), demanded=True)
         return bool(self.hint)
+
+
+def is_about_nothing(number: Number, outcome: bool) -> bool:
+    """Whether a decision is one between something and nothing: a size, or a product of sizes, is not 0."""
+    match number.function, number.operands:
+        case ((operator.gt | operator.ne), (Number() as size, 0)) | (operator.ge, (Number() as size, 1)):
+            return outcome and _is_product(size)
+        case ((operator.eq | operator.le), (Number() as size, 0)) | (operator.lt, (Number() as size, 1)):
+            return not outcome and _is_product(size)
+    return False
+
+
+def _is_product(number: Any) -> bool:
+    if not isinstance(number, Number):
+        return type(number) is int and number > 0
+    return number.function == "size" or (number.function is operator.mul and all(map(_is_product, number.operands)))
 
 
 _MOST = 5000
@@ -190,9 +181,11 @@ def is_always(number: Number, outcome: bool, first: int) -> bool:
     return bool(number.function(math.copysign(math.inf, growth), 0)) is outcome
 
 
-def _name(value: Node) -> str:
+def _name(value: Any) -> str:
     if value.op == "call_module":
         return f"what {value.target} returns"
+    if value.target is operator.getitem and isinstance(value.args[1], (int, str)):
+        return f"{_name(value.args[0])}[{value.args[1]!r}]"
     return str(value.target) if value.op == "placeholder" else value.name
 
 
@@ -206,15 +199,15 @@ def words(number: Number, outcome: bool) -> str:
     match number.function, number.operands:
         case operator.eq | operator.ne as sign, (Number(function=operator.mod, operands=(Number() as size, int(n))), 0):
             negated = (sign is operator.eq) != outcome
-            return f"{_said(size)} is {'not ' * negated}a multiple of {n}"
+            return f"{described(size)} is {'not ' * negated}a multiple of {n}"
         case operator.eq | operator.ne as sign, (Number() as size, other):
-            return f"{_said(size)} is {'not ' * ((sign is operator.eq) != outcome)}{_said(other)}"
+            return f"{described(size)} is {'not ' * ((sign is operator.eq) != outcome)}{described(other)}"
         case function, (a, b) if function in NEGATED:
             return f"{_bracketed(a)} {_SIGNS[function if outcome else NEGATED[function]]} {_bracketed(b)}"
     return f"{number} is {outcome}"
 
 
-def _said(item: Any) -> str:
+def described(item: Any) -> str:
     """A size in words, where it is one of an input's."""
     if isinstance(item, Number) and item.function == "size":
         value, axis = item.operands

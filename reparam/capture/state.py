@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import operator
+import pickle
+import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,33 +27,35 @@ class UnrecordableError(BaseException):
     """What a module does cannot be part of a graph; the message is the reason. Models catch ``Exception``, not this."""
 
 
+# A container, by the name of the attribute that it is found in, and what was in it.
+Held = tuple[str, Any, Any]
+
+
 class State:
-    """What the forwards of some modules could change of them and find again at the next call."""
+    """What the forwards of some modules could change of them and find again at the next call.
+
+    Attributes:
+        attributes: What the modules hold by name.
+        contents: The containers among that and in it, with what was in them.
+        hooks: The same of torch's dicts of hooks; a forward that sets some makes no other function of its module.
+        hidden: Objects whose state Python does not show, such as iterators, as bytes.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.attributes = {module: dict(module.__dict__) for module in modules}
-        self.contents: dict[nn.Module, dict[str, Any]] = {
-            module: {
-                name: value.copy() if type(value) is dict else copy.copy(value)
-                for name, value in attributes.items()
-                if type(value) not in ATOMS and name not in _HOOK_DICTS and isinstance(value, (list, dict, set))
-            }
-            for module, attributes in self.attributes.items()
-        }
-        self.hooks = {
-            module: {name: attributes[name].copy() for name in _HOOK_DICTS if attributes.get(name)}
-            for module, attributes in self.attributes.items()
-        }
+        self.contents: dict[nn.Module, list[Held]] = {}
+        self.hooks: dict[nn.Module, list[Held]] = {}
+        self.hidden: dict[nn.Module, dict[str, bytes]] = {}
         seen: set[int] = set()
-        self.inner = {
-            module: [
-                (name, holder, dict(holder) if isinstance(holder, dict) else list(holder))
-                for name, value in attributes.items()
-                if type(value) not in ATOMS and name not in OWN_DICTS
-                for holder in _inside(value, seen, 0)
-            ]
-            for module, attributes in self.attributes.items()
-        }
+        for module, attributes in self.attributes.items():
+            named = [(name, value) for name, value in attributes.items() if type(value) not in ATOMS]
+            self.hooks[module] = [(name, value, items(value)) for name, value in named if name in _HOOK_DICTS]
+            self.contents[module] = [
+                (name, holder, items(holder))
+                for name, value in named if name not in _HOOK_DICTS
+                for holder in inside(value, seen)
+            ]  # fmt: skip
+            self.hidden[module] = {name: state for name, value in named if (state := _hidden(value)) is not None}
 
     def check(self, module: nn.Module, remembers: Remembers | None = None) -> None:
         """Raise UnrecordableError when the module is not as it was, and may compute something else the next time.
@@ -62,63 +65,87 @@ class State:
             remembers: Whether a value holds something of the call that was made; what does not, is computed from
                 constants and sizes alone, and may be kept.
         """
-        contents, attributes = self.contents[module], module.__dict__
-        for name, value in self.attributes[module].items():
-            new = attributes.get(name)
-            # Nearly always the same and no container: nothing to ask for.
-            if value is not new:
-                differ = _differ(value, new, remembers)
-            else:
-                differ = name in contents and self._grew(contents[name], value, remembers)
-            if differ:
-                raise UnrecordableError(f"it changes its own {name.lstrip('_')} at every call")
-        for name, value, old in self.inner[module]:
-            if self._grew(old, value, remembers):
-                raise UnrecordableError(f"it changes what is in its own {name.lstrip('_')} at every call")
+        now = module.__dict__
+        pairs = ((name, value, now.get(name)) for name, value in self.attributes[module].items())
+        changed = [name for name, old, new in pairs if old is not new and _differ(old, new, remembers)]
+        changed += [name for name, holder, old in self.contents[module] if _grew(old, holder, remembers)]
+        changed += self._moved(module)
+        if changed:
+            raise UnrecordableError(f"it changes its own {changed[0].lstrip('_')} at every call")
 
-    def _grew(self, old: Any, new: Any, remembers: Remembers | None) -> bool:
-        """Whether a container holds other things than before, or has come to hold something of the call."""
-        if same_items(old, new):
-            return False
-        if isinstance(old, dict):
-            pairs = [(old.get(key), item) for key, item in new.items()]
-            gone = not old.keys() <= new.keys()
-        else:
-            old_items, new_items = list(old), list(new)
-            pairs = list(zip(old_items, new_items, strict=False))
-            more = new_items[len(old_items) :]
-            # How many there are says how often it was called, unless what came with them is of sizes or constants.
-            gone = len(new_items) < len(old_items) or any(
-                remembers is None or remembers(item) is not False for item in more
-            )
-        return gone or any(_differ(before, after, remembers) for before, after in pairs)
-
-    def difference(self, module: nn.Module) -> str | None:
-        """The name of an attribute that holds something else than before."""
+    def changes(self, module: nn.Module) -> Iterator[str]:
+        """The names of attributes that are not what they were, or do not hold what they held."""
         before, now = self.attributes[module], module.__dict__
         for name in before.keys() | now.keys() if before.keys() != now.keys() else before:
-            if (value := now.get(name)) is not before.get(name) and _differ_at_all(before.get(name), value):
-                return name
-        contents = ((name, now[name], old) for name, old in self.contents[module].items())
-        return next((n for n, value, old in (*contents, *self.inner[module]) if not same_items(value, old)), None)
+            old, new = before.get(name), now.get(name)
+            if old is not new and _is_another(old, new):
+                yield name
+        for name, holder, old in self.contents[module]:
+            if name in ("_buffers", "_parameters"):
+                yield from (key for key in old.keys() | holder.keys() if old.get(key) is not holder.get(key))
+            elif not same_items(old, holder):
+                yield name
+        yield from self._moved(module)
+
+    def _moved(self, module: nn.Module) -> list[str]:
+        """The names of objects that are the same, and in another state."""
+        old, now = self.attributes[module], module.__dict__
+        hidden = self.hidden[module].items()
+        return [name for name, state in hidden if now.get(name) is old[name] and _hidden(old[name]) != state]
 
     def restore(self, modules: Iterable[nn.Module]) -> None:
         """Put back attributes, and what was in lists, dicts and sets."""
+        again: dict[int, Any] = {}  # what is shared stays so
         for module in modules:
             attributes = self.attributes[module]
-            held = [(attributes[name], contents) for name, contents in self.contents[module].items()]
-            held += [(value, old) for _, value, old in self.inner[module]]
-            held += [(attributes.get(name), self.hooks[module].get(name, {})) for name in _HOOK_DICTS]
-            for value, contents in held:
-                if not same_items(value, contents):
-                    value.clear()
-                    (value.extend if isinstance(value, (list, deque)) else value.update)(contents)
-            if not same_items(module.__dict__, attributes):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+            for name, state in self.hidden[module].items():
+                if _hidden(attributes[name]) != state:
+                    attributes[name] = again.setdefault(id(attributes[name]), pickle.loads(state))
+            for _, holder, old in (*self.contents[module], *self.hooks[module], ("", module.__dict__, attributes)):
+                put_back(holder, old)
 
 
-class Writes:
+def put_back(holder: Any, old: Any) -> None:
+    """Let a container hold again what it held."""
+    if not same_items(holder, old):
+        holder.clear()
+        (holder.extend if isinstance(holder, (list, deque)) else holder.update)(old)
+
+
+def items(holder: Any) -> Any:
+    """What a container holds, as a dict or a list."""
+    return dict(holder) if isinstance(holder, dict) else list(holder)
+
+
+def _hidden(value: Any) -> bytes | None:
+    """The state of an object that Python does not show: an iterator, a generator of random numbers."""
+    if hasattr(value, "__dict__") and not isinstance(value, random.Random):
+        return None
+    if isinstance(value, (*_VALUES, list, dict, set, deque, Tensor, type)) or callable(value):
+        return None
+    try:
+        with torch._C.DisableTorchFunction():
+            return pickle.dumps(value)
+    except Exception:  # whatever people's objects raise
+        return None
+
+
+def _grew(old: Any, new: Any, remembers: Remembers | None) -> bool:
+    """Whether a container holds other things than before, or has come to hold something of the call."""
+    if same_items(old, new):
+        return False
+    if isinstance(old, dict):
+        gone = not old.keys() <= new.keys()
+        pairs: Iterable[Any] = [(old.get(key), item) for key, item in new.items()]
+    else:
+        # How many there are says how often it was called, unless what came with them is of sizes or constants.
+        more = list(new)[len(old) :]
+        gone = len(new) < len(old) or any(remembers is None or remembers(item) is not False for item in more)
+        pairs = zip(old, new, strict=False)
+    return gone or any(_differ(before, after, remembers) for before, after in pairs)
+
+
+class Writes(TorchDispatchMode):
     """What was in some memory before it was written to, so that it can be put back.
 
     Args:
@@ -126,12 +153,17 @@ class Writes:
     """
 
     def __init__(self, storages: frozenset[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages = storages
         self.kept: dict[Any, tuple[Tensor, Tensor]] = {}
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
     def note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """To be told of every call of an operator, before it runs."""
-        for tensor in written_by(func, args, kwargs):
+        for tensor in written_by(func, args, kwargs) if may_write(func) else ():
             if storage_of(tensor) in self.storages:
                 place = (tensor.data_ptr(), tensor.shape, tensor.stride())
                 self.kept.setdefault(place, (tensor.detach(), tensor.detach().clone()))
@@ -142,17 +174,6 @@ class Writes:
             for tensor, value in reversed(self.kept.values()):
                 tensor.copy_(value)
         self.kept = {}
-
-
-class _Undone(TorchDispatchMode):
-    def __init__(self, writes: Writes) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.writes = writes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if may_write(func):
-            self.writes.note(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
 
 
 @cache
@@ -180,7 +201,7 @@ def writes_undone(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back what is written to the tensors of some modules."""
     kept = Writes(tensor_storages(modules))
     try:
-        with below(_Undone(kept)):
+        with below(kept):
             yield
     finally:
         kept.undo()
@@ -210,24 +231,28 @@ def move_hooks(attributes: Mapping[str, Any], model: nn.Module) -> None:
     model.__dict__.update({name: attributes[name] for name in ROOT_HOOKS})
 
 
-# Where torch keeps hooks: a forward that sets some makes no other function of its module.
+# Where torch keeps hooks.
 _HOOK_DICTS = OWN_DICTS - {"_parameters", "_buffers", "_modules"}
 
+# Attributes that are equal where their values are.
+_VALUES = (bool, int, float, str, tuple)
 
 # How deep what may change is looked for in the attributes of a module.
 _DEPTH = 4
 
 
-def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
-    """What a forward might change inside of an attribute: containers in it, and the attributes of plain objects."""
+def inside(value: Any, seen: set[int], depth: int = 0) -> Iterator[Any]:
+    """What a forward might change inside of a value: containers in it, and the attributes of plain objects."""
     cls = type(value)
-    if cls in ATOMS or isinstance(value, (Tensor, nn.Module, type)) or id(value) in seen or depth > _DEPTH:
+    is_container = isinstance(value, (list, dict, set, deque))
+    if cls in ATOMS or isinstance(value, (Tensor, nn.Module, type)) or depth > _DEPTH:
+        return
+    if id(value) in seen and (depth or not is_container):
         return
     seen.add(id(value))
     parts: Iterable[Any] = ()
-    if isinstance(value, (list, dict, set, deque)):
-        if depth or isinstance(value, deque):
-            yield value
+    if is_container:
+        yield value
         parts = value.values() if isinstance(value, dict) else value
     elif isinstance(value, tuple):
         parts = value
@@ -235,7 +260,7 @@ def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
         yield value.__dict__
         parts = value.__dict__.values()
     for part in list(parts):
-        yield from _inside(part, seen, depth + 1)
+        yield from inside(part, seen, depth + 1)
 
 
 def same_items(a: Any, b: Any) -> bool:
@@ -255,11 +280,14 @@ def _differ(old: Any, new: Any, remembers: Remembers | None) -> bool:
         return holds
     if old is None:
         return False
-    return type(old) is not type(new) or not isinstance(old, (bool, int, float, str, tuple)) or old != new
+    return _is_another(old, new)
 
 
-def _differ_at_all(old: Any, new: Any) -> bool:
-    return type(old) is not type(new) or not isinstance(old, (bool, int, float, str, tuple)) or bool(old != new)
+def _is_another(old: Any, new: Any) -> bool:
+    try:
+        return type(old) is not type(new) or not isinstance(old, _VALUES) or bool(old != new)
+    except Exception:  # whatever comparing people's objects raises
+        return True
 
 
 class NoSideEffects(TorchDispatchMode):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -38,13 +39,8 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def containers(value: Any) -> Iterator[list[Any]]:
-    """All lists in nested tuples, lists and dicts."""
-    if isinstance(value, list):
-        yield value
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from containers(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from containers(item)
+def resized(x: Tensor, sizes: Mapping[int, int]) -> Tensor:
+    """The numbers of a tensor over and over, or the first of them, along some axes."""
+    for axis, size in sizes.items():
+        x = x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
+    return x

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -16,8 +16,9 @@ from torch.utils.weak import TensorWeakRef
 
 from reparam.capture import aten
 from reparam.capture.copies import storage_of, tensors_in
-from reparam.capture.sizes import SYMBOLIC, Number, pinned, symbolic
-from reparam.capture.structures import containers
+from reparam.capture.sizes import SYMBOLIC, Number, described, pinned, symbolic, words
+from reparam.capture.state import inside, items, put_back
+from reparam.capture.structures import leaves
 from reparam.graph import facts, views
 from reparam.graph.conditions import Argument, assertion
 from reparam.graph.leaves import carries_hooks
@@ -26,50 +27,9 @@ from reparam.report import Remark
 if TYPE_CHECKING:
     from reparam.capture.recording import Session
 
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-
 # What an argument may be besides tensors and numbers.
 _PLAIN = (bool, int, float, complex, str)
 _SETTINGS = (torch.memory_format, torch.layout)
-
-
-@dataclass
-class Recorded:
-    """A module as it was recorded.
-
-    Attributes:
-        root: The module.
-        graph: What it computes; None when it has to stay Python, which a remark says why.
-        modules: The modules in it by path, itself at the empty one.
-        call: Its arguments, on copies of the tensors.
-        output: What it returned.
-        outputs: What its methods returned, where it was run as Python.
-        remarks: Which modules were left opaque, and on what the graph depends.
-        parts: Modules in opaque ones that were recorded by themselves, by path.
-        alike: Whether all of its calls were of one kind.
-        made: Tensors and modules that the graph refers to, which the root does not hold yet.
-        numbers: How the nodes that are numbers are computed.
-        shapes: Of the values of nodes that are tensors.
-        by_size: Whether something was decided by sizes, or would have been.
-        draws: Whether it drew random numbers.
-        arguments: What has to stay the same of a call.
-    """
-
-    root: nn.Module
-    graph: Graph | None
-    modules: dict[str, nn.Module]
-    call: Call
-    output: Any = None
-    outputs: dict[str, Any] = field(default_factory=dict)
-    remarks: list[Remark] = field(default_factory=list)
-    parts: dict[str, Recorded] = field(default_factory=dict)
-    alike: bool = True
-    made: dict[str, Any] = field(default_factory=dict)
-    by_size: bool = False
-    draws: bool = False
-    numbers: dict[Node, Number] = field(default_factory=dict)
-    shapes: dict[Node, Any] = field(default_factory=dict)
-    arguments: tuple[Argument, ...] = ()
 
 
 @dataclass(eq=False)
@@ -82,7 +42,6 @@ class Frame:
     journal: int
     conditions: int
     remarks: int
-    serial: int
     decisions: int
     arguments: list[tuple[Any, Any]]
     oldest_write: float = math.inf
@@ -97,8 +56,8 @@ class RestartError(BaseException):
 class Tape:
     """The record of one module: its graph, and which node every live tensor is."""
 
-    def __init__(self, session: Session, root: nn.Module, prefix: str, is_part: bool) -> None:
-        self.session, self.root, self.prefix, self.is_part = session, root, prefix, is_part
+    def __init__(self, session: Session, root: nn.Module, is_part: bool) -> None:
+        self.session, self.root, self.is_part = session, root, is_part
         self.graph = Graph()
         self.modules = dict(root.named_modules())
         self.paths = {module: path for path, module in reversed(self.modules.items())}
@@ -199,6 +158,29 @@ class Tape:
             numbers = self.results(part, inner, None, (*seen, id(value))) or numbers
         return numbers
 
+    def given(self, value: Any, node: Node, is_number: bool) -> Any:
+        """An argument as Python gets it: with numbers of the graph for numbers, unless it is no number that may differ.
+
+        The tensors in it are values of the graph from here on.
+        """
+        if type(value) in (int, float) and is_number:
+            return symbolic(Number(self.session, None, (node,), value))
+        if type(value) not in (tuple, list, dict, torch.Size):
+            self.results(value, node)
+            if isinstance(value, Tensor):
+                facts.know(node, device=value.device)
+            return value
+        self.note(node, value)
+        items = dict(value.items() if isinstance(value, dict) else enumerate(value))
+        made = {}
+        for key, item in items.items():
+            inner = self.node("call_function", operator.getitem, (node, key))
+            self.containers.add(inner)
+            made[key] = self.given(item, inner, is_number)
+        if all(made[key] is item for key, item in items.items()):
+            return value
+        return made if isinstance(value, dict) else type(value)(made.values())
+
     def argument(self, value: Any) -> Any:
         """An argument of a call as the graph has it."""
         if isinstance(value, Tensor):
@@ -235,15 +217,11 @@ class Tape:
 
     def constant(self, tensor: Tensor) -> Node:
         """A tensor that does not depend on the inputs: the model's own, or one that was computed from such."""
-        if self.session.hides(tensor):
-            self.session.refuse("it reads a value that was made inside of Python that is not recorded")
-        if storage_of(tensor) in self.written:
-            self.session.refuse("it reads memory that was written to under another name")
+        self.session.check_constant(self, tensor)
         if id(tensor) not in self.constants:
             self.constants[id(tensor)] = tensor, self.name_for(f"_constant{len(self.made)}", tensor)
         node = self.node("get_attr", self.constants[id(tensor)][1])
-        facts.know(node, kind="tensor", rank=tensor.dim(), shape=tuple(tensor.shape))
-        facts.note(node)
+        facts.note_value(node, tensor)
         return node
 
     def name_for(self, name: str, value: Any) -> str:
@@ -258,6 +236,22 @@ class Tape:
         for ref, node in self.known.values() if storages else ():
             if node in self.valueless and (tensor := ref()) is not None and storage_of(tensor) in storages:
                 self.valueless.discard(node)
+
+    def wrote_to(self, storage: int) -> None:
+        """Note that some memory was written to: what was recorded since it was first seen stands or falls with it."""
+        for frame in self.frames:
+            frame.oldest_write = min(frame.oldest_write, self.births.get(storage, 0))
+
+    def remembers(self, value: Any) -> bool | None:
+        """Whether a value holds something of the call: True for values, False for what sizes and constants give."""
+        found = None
+        for leaf in leaves(value):
+            if isinstance(leaf, SYMBOLIC):
+                found = bool(found)
+            elif isinstance(leaf, Tensor):
+                node = self.find(leaf)
+                found = bool(found) or self.session.hides(leaf) or (node is not None and node not in self.valueless)
+        return found
 
     # Numbers.
 
@@ -275,7 +269,6 @@ class Tape:
                 args = tuple(self.number(item) if isinstance(item, Number) else item for item in operands)
                 made = self.node("call_function", function, args)
         facts.know(made, kind="other", example=number.hint)
-        facts.note(made)
         self.valueless.add(made)
         self.numbers[number.key] = made
         self.number_nodes[made] = number
@@ -288,6 +281,20 @@ class Tape:
     def follows(self, number: Number) -> bool:
         """Whether a number is what it was wherever the conditions so far hold, as the sizes that it comes of are."""
         pinned = {key for key, outcome in self.conditions if outcome is True}
+        return not any(True for _ in self._roots(number, pinned))
+
+    def said(self, number: Number, outcome: bool) -> str:
+        """What it says of the inputs that a comparison came out as it did."""
+        roots = {item and item.key: item for item in self._roots(number, set())}
+        told = words(number, outcome)
+        if None in roots or len(roots) > 3 or roots.keys() == {source.key for source in number.sources()}:
+            return told
+        return (
+            f"{told}, which comes of {' and '.join(map(described, sorted(roots.values(), key=str)))}" if roots else told
+        )
+
+    def _roots(self, number: Number, pinned: set[Any]) -> Iterator[Number | None]:
+        """The sizes of inputs that a number comes of, but for pinned ones; None for what is not known to be one."""
         views.settle(self._unsettled(), self.modules)
         pending: list[Any] = [*number.sources()]
         seen: set[Any] = set()
@@ -308,13 +315,16 @@ class Tape:
                 if (operator.eq, item.key, (type(item.hint), item.hint)) in pinned:
                     continue
                 if item.function is None:
-                    return False
+                    yield item
+                    continue
                 node, axis = item.operands
             module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-            if module is not None and (not type(module).__module__.startswith("torch.nn.") or carries_hooks(module)):
-                return False
-            if node.op == "placeholder" or node in self.uncertain or node in self.foreign:
-                return False
+            is_foreign = module is not None and (
+                not type(module).__module__.startswith("torch.nn.") or carries_hooks(module)
+            )
+            if is_foreign or node.op == "placeholder" or node in self.uncertain or node in self.foreign:
+                yield item if node.op == "placeholder" and isinstance(item, Number) else None
+                continue
             origins = None if axis is None else views.origins(node, axis)
             pending += origins or []
             for source in node.all_input_nodes:
@@ -324,7 +334,12 @@ class Tape:
                     pending.append((source, None))
                 elif origins is None and _reads_shape(node, source):
                     pending += [(source, other) for other in range(len(self.shapes[source]))]
-        return True
+
+    def type_conditions(self, frame: Frame) -> None:
+        """Require the types that a module asked for and did not hand on: it may have decided by them."""
+        for dtype, node in frame.dtypes.items():
+            if dtype not in frame.handed_on:
+                self.require_type(node, dtype)
 
     def require_type(self, node: Node, dtype: torch.dtype) -> None:
         """Check at every call that a value is of a type."""
@@ -383,8 +398,8 @@ class Tape:
         """Begin with a module."""
         frame = Frame(
             path, module, next(iter(reversed(self.graph.nodes)), None), len(self.journal), len(self.conditions),
-            len(self.remarks), len(self.journal), len(self._decisions()),
-            [(item, list(item)) for item in containers(args)],
+            len(self.remarks), len(self._decisions()),
+            [(holder, items(holder)) for holder in inside(args, set())],
         )  # fmt: skip
         self.frames.append(frame)
         return frame
@@ -414,12 +429,10 @@ class Tape:
         while self.ordered and self.ordered[-1]._erased:
             self.ordered.pop()
         self.settled = min(self.settled, len(self.ordered))
-        self.session.restore(frame.module)
-        if frame.oldest_write <= frame.serial:
+        if frame.oldest_write <= frame.journal:
             raise RestartError(frame.path)
-        for container, items in frame.arguments:
-            if isinstance(container, list):
-                container[:] = items
+        for holder, old in frame.arguments:
+            put_back(holder, old)
 
 
 def _reads_values(node: Node, source: Node) -> bool:

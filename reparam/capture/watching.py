@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from reparam.capture.state import may_write, written_by
 from reparam.capture.structures import leaves
 
 if TYPE_CHECKING:
-    from reparam.capture.recording import Session
+    from reparam.capture.calls import Calls
 
 
 def _is_mask(value: Any) -> bool:
@@ -28,9 +28,9 @@ class Pieces(tuple[Any, ...]):
     """Several parts of a value. How many there are depends on its size, and is decided by when Python asks."""
 
     number: Any
-    session: Session
+    session: Calls
 
-    def __new__(cls, parts: Iterable[Any], session: Session, number: Any) -> Pieces:
+    def __new__(cls, parts: Iterable[Any], session: Calls, number: Any) -> Pieces:
         """The parts, and their number."""
         made = super().__new__(cls, parts)
         made.session, made.number = session, number
@@ -93,22 +93,18 @@ class Watched(dict[str, Any]):
 class Net(TorchDispatchMode):
     """Below the recorder: what reads an activation unseen, writes to the model, or has to run at every call."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Calls) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.session = session
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         session, kwargs = self.session, kwargs or {}
         tape = session.tape
-        session.draws += torch.Tag.nondeterministic_seeded in func.tags
         if tape is None or session.paused:
-            if may_write(func):
-                session.writes_of_python.note(func, args, kwargs)
-            return session.note_made(func(*args, **kwargs), None)
+            session.note_write(func, args, kwargs)
+            return session.note_made(self._run(func, args, kwargs), None)
         if not session.inside and any(tape.is_activation(value) for value in leaves((args, kwargs))):
             session.refuse(f"{func} reads an activation unseen")
-        if not session.inside and torch.Tag.nondeterministic_seeded in func.tags:
-            session.refuse(f"it draws random numbers ({func})")
         if torch.Tag.dynamic_output_shape in func.tags and (
             func is not torch.ops.aten.index.Tensor or any(_is_mask(item) for item in leaves(args[1]))
         ):
@@ -118,4 +114,25 @@ class Net(TorchDispatchMode):
         if may_write(func):
             for tensor in written_by(func, args, kwargs):
                 session.writes(tensor, func)
-        return session.note_made(func(*args, **kwargs), tape)
+        drew = session.draws
+        result = self._run(func, args, kwargs)
+        if session.draws > drew and not session.inside:
+            session.refuse(f"it draws random numbers ({func})")
+        return session.note_made(result, tape)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What an operator returns. One that may draw random numbers, as attention may drop out, need not."""
+        before = _random_states(kwargs) if torch.Tag.nondeterministic_seeded in func.tags else []
+        result = func(*args, **kwargs)
+        self.session.draws += any(map(operator.ne, before, _random_states(kwargs) if before else []))
+        return result
+
+
+def _random_states(kwargs: Mapping[str, Any]) -> list[bytes]:
+    """The states of all generators that an operator may draw from."""
+    given = kwargs.get("generator")
+    with torch._C.DisableTorchFunction():
+        states = [torch.get_rng_state(), *(() if given is None else [given.get_state()])]
+        if torch.cuda.is_initialized():
+            states += torch.cuda.get_rng_state_all()
+        return [state.numpy().tobytes() for state in states]

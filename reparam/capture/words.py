@@ -11,15 +11,7 @@ from torch._ops import OpOverload
 
 from reparam.capture import aten
 
-_ARITHMETIC = {
-    "add": "add",
-    "sub": "sub",
-    "mul": "mul",
-    "div": "truediv",
-    "matmul": "matmul",
-    "neg": "neg",
-    "pow": "pow",
-}
+_ARITHMETIC = {name: name for name in "add sub mul matmul neg pow".split()} | {"div": "truediv"}
 
 
 def said(

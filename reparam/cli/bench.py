@@ -125,7 +125,8 @@ def _module(network: Network) -> nn.Module:
 
 
 def _peer(spec: str | None, network: Network) -> Callable[[nn.Module], nn.Module] | None:
-    from reparam.files.checkpoint import first_line, import_attribute
+    from reparam.errors import first_line
+    from reparam.files.checkpoint import import_attribute
 
     spec = spec or next((peer for prefix, peer in _PEERS.items() if network.name.startswith(prefix)), None)
     if spec is None:

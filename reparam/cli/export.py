@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from reparam import targets
 from reparam.cli.files import (
     Reading,
     about_input,
@@ -23,14 +24,12 @@ from reparam.cli.files import (
 )
 from reparam.cli.shell import Bar, Debug, Ema, InputSize, Json, Model, Quiet, UnsafeLoad, new_table, print_json, stdout
 from reparam.errors import ReparamError
+from reparam.targets import is_target, target_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from reparam.targets import Exported, ImageInput
-
-# The registry knows them too, but is slow to import.
-TARGET_SUFFIXES = (".onnx", ".xml", ".pte", ".mlpackage", ".pt2", ".aoti.pt2")
 
 
 def export(
@@ -74,13 +73,11 @@ def export(
     image = _image(image_mean, image_std)
     how = Reading(model, parse_shape(input_size), unsafe_load, ema)
     with Bar(quiet) as bar:
-        from reparam.targets import export, target_of
-
         chosen = target_of(output, target)
         chosen.check_destination(output, never=(checkpoint,))
         chosen.require()
         deploy, inputs, about = _deploy_model(checkpoint, how, bar)
-        exported = export(
+        exported = targets.export(
             deploy,
             output,
             inputs,
@@ -99,20 +96,13 @@ def export(
         print_exported(exported)
 
 
-def ends_like_a_target(output: Path) -> bool:
-    """Whether a file is for a runtime, by its name."""
-    return output.name.endswith(TARGET_SUFFIXES)
-
-
 def check_output(output: Path, checkpoint: Path) -> None:
     """Refuse an output that cannot be written, or would replace the input, before any work is done."""
     from reparam.atomic import check_destination
 
-    if not ends_like_a_target(output):
+    if not is_target(output):
         check_destination(output, never=(checkpoint,))
         return
-    from reparam.targets import target_of
-
     chosen = target_of(output)
     chosen.check_destination(output, never=(checkpoint,))
     chosen.require()

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.filesize import decimal
 
-from reparam.cli.export import (
-    TARGET_SUFFIXES,
-    check_output,
-    ends_like_a_target,
-    exported_dict,
-    print_exported,
-)
+from reparam import targets
+from reparam.cli.export import check_output, exported_dict, print_exported
 from reparam.cli.files import (
     Reading,
     about_input,
@@ -98,8 +93,9 @@ def fuse(
             checkpoint, output, how, freeze=freeze_inputs, verify=not no_verify, as_json=as_json, quiet=quiet
         )
     output = output or checkpoint.with_name(f"{checkpoint.stem}_deploy.pth")
-    if output.suffix not in DEPLOY_SUFFIXES and not ends_like_a_target(output):
-        raise ReparamError(f"{output}: the output must end in {', '.join((*DEPLOY_SUFFIXES, *TARGET_SUFFIXES))}")
+    if output.suffix not in DEPLOY_SUFFIXES and not targets.is_target(output):
+        suffixes = *DEPLOY_SUFFIXES, *(target.suffix for target in targets.TARGETS.values())
+        raise ReparamError(f"{output}: the output must end in {', '.join(suffixes)}")
     with Bar(quiet) as bar:
         source = read(checkpoint, how)
         check_output(output, checkpoint)
@@ -108,7 +104,7 @@ def fuse(
             if decisions.resolve() == output.resolve():
                 raise ReparamError(f"{output}: is named for the output and for the decisions; choose another name")
         network = resolve(source, how)
-        inputs = example_of(network, how) if ends_like_a_target(output) else inputs_of(network, how)
+        inputs = example_of(network, how) if targets.is_target(output) else inputs_of(network, how)
         if optimize == "latency" and inputs is None:
             ask_for_shape(network.name, "time")
         deploy = compiled(
@@ -127,10 +123,8 @@ def fuse(
 
 
 def _write(deploy: nn.Module, network: Network, output: Path, inputs: Any, bar: Bar) -> Exported | None:
-    if ends_like_a_target(output):
-        from reparam.targets import export
-
-        return export(deploy, output, inputs, progress=bar)
+    if targets.is_target(output):
+        return targets.export(deploy, output, inputs, progress=bar)
     from reparam.files.deploy import save
 
     save(deploy, output, metadata={"model": network.name, "input_shape": network.input_shape})

@@ -22,8 +22,8 @@ from reparam.graph.graph import Graph, calls, origins
 def emit(graph: Graph, dtypes: dict[str, torch.dtype], default: torch.dtype) -> dict[str, Any]:
     """Replace the operators in a graph by layers, and name them.
 
-    A layer takes the longest module path shared by what went into it; see :func:`_path`. Two calls of the same
-    layers, fused in the same way, share one.
+    A layer takes the longest module path shared by what went into it (:meth:`reparam.deploy.naming.Names.take`). Two
+    calls of the same layers, fused in the same way, share one.
 
     Args:
         graph: Changed in place; afterwards it calls only modules, functions and methods.

@@ -18,9 +18,9 @@ _POOL_LAYERS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 def layer(operator: Operator, dtype: torch.dtype) -> nn.Module:
-    """A torch.nn layer that computes ``operator``, but for a padding that it cannot have itself; see :func:`emit`.
+    """A torch.nn layer that computes ``operator``, but for a padding that it cannot have itself.
 
-    Its parameters are frozen and of type ``dtype``.
+    That is ``padding_before(operator)``. Parameters are frozen and of type ``dtype``.
     """
 
     def cast(tensor: Tensor | None) -> nn.Parameter | None:

@@ -1,4 +1,4 @@
-"""Reading checkpoints as people have them, and finding the network that they belong to.
+"""Checkpoints of all kinds: the weights in a file, and the network that they belong to.
 
 A checkpoint is untrusted data. :func:`read` loads tensors and plain containers only, unless the caller asks for
 unpickling by name, and everything that can be wrong with a file ends in one :class:`CheckpointError` sentence.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from reparam.errors import CheckpointError, ModelError, ReparamError
+from reparam.errors import CheckpointError, ModelError, ReparamError, first_line
 from reparam.models import registry
 from reparam.models.registry import ModelEntry
 
@@ -584,8 +584,3 @@ def _plural(word: str, things: list[Any]) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits into a sentence of ours."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,7 +1,7 @@
-"""Deploy files: a compiled model as one file that needs no training code, and writing any file safely.
+"""Deploy files: a compiled model as one file that needs no training code.
 
-The file holds the compiled graph as data (:mod:`reparam.portable`) beside a plain state dict, so :func:`load` rebuilds
-the model without the class it was compiled from, and without running anything that the file brought along.
+The file holds the compiled graph as data (:mod:`reparam.files.portable`) beside a plain state dict, so :func:`load`
+rebuilds the model without the class it was compiled from, and without running anything that the file brought along.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
 from reparam.atomic import atomic_write
-from reparam.errors import CheckpointError, ExportError
+from reparam.errors import CheckpointError, ExportError, first_line
 from reparam.files import portable
-from reparam.files.checkpoint import DEPLOY_FORMAT, deploy_header, first_line, read_file
+from reparam.files.checkpoint import DEPLOY_FORMAT, deploy_header, read_file
 
 VERSION = 1
 _CONSTANT = "constant:"  # in a safetensors file: the prefix of tensors that the model's state dict does not have

@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from reparam.algebra import ChannelAffine, Operator
-from reparam.graph import facts
+from reparam.graph import facts, names
 from reparam.graph.leaves import carries_hooks, is_leaf
 
 _OPERATORS = {
@@ -36,12 +36,8 @@ _OPERATORS = {
 OUTSIDE = "it is outside of what where= selects"
 _FROZEN = "its memory is changed in place under another name"
 
-# torch.nn layers that return their input, or a view of it.
-_RETURNS_INPUT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
-
-# Activations of one value that keep its type, as functions and layers; gradients in place are those out of place.
+# Activations of one value that keep its type; gradients in place are those out of place.
 _ACTIVATIONS = frozenset("relu relu6 gelu silu hardswish hardsigmoid mish".split())
-_ACTIVATION_LAYERS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
 GELU_ = torch._C._nn.gelu_  # type: ignore[attr-defined]  # without a name in torch.nn.functional
 _OVERWRITING: dict[Any, Any] = {torch.relu: torch.relu_, F.gelu: GELU_}
 
@@ -137,6 +133,38 @@ def _shared(node: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
     if node.op != "call_module" and (changed := written(node, modules)) is not None:
         return [changed]
     return node.all_input_nodes if _may_alias(node, modules) else []
+
+
+def behind(values: Iterable[Node], modules: Mapping[str, nn.Module]) -> set[Node]:
+    """Some values, and all that may lie in their memory because they were made of them."""
+    found, pending = set(values), list(values)
+    while pending:
+        value = pending.pop()
+        new = {reader for reader in value.users if reader not in found and value in _shared(reader, modules)}
+        found |= new
+        pending += new
+    return found
+
+
+def sharing(value: Node, modules: Mapping[str, nn.Module]) -> set[Node]:
+    """All values that may lie in the same memory as ``value``, which is one of them; a caller may pass one twice."""
+    found, pending = {value}, [value]
+    while pending:
+        new = set(_shared(pending.pop(), modules)) - found
+        found |= new
+        pending += new
+    if any(base.op == "placeholder" for base in found):
+        found.update(node for node in value.graph.nodes if node.op == "placeholder")
+    return behind(found, modules)
+
+
+def is_view_of(node: Node, value: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether ``node`` is certain to lie in the memory of ``value`` as that does, whatever it is."""
+    while node is not value:
+        if not (_returns_argument(node, modules) or facts.target_name(node) in names.VIEWS) or not node.args:
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
 
 
 def writes_to_inputs(graph: Graph, modules: Mapping[str, nn.Module]) -> bool:
@@ -240,7 +268,7 @@ def is_in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
 def _converts(node: Node) -> bool:
     """Whether the result in place is known to be of another type than it would be out of place."""
     kinds = [
-        facts.of(source).dtype or (source.name if facts.target_name(source) in facts.CONVERSIONS else None)
+        facts.of(source).dtype or (source.name if facts.target_name(source) in names.CONVERSIONS else None)
         for source in node.all_input_nodes
     ]
     return any(kind != kinds[0] for kind in kinds[1:])
@@ -298,28 +326,14 @@ def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         case "call_module":
             module = modules[str(node.target)]
             known = type(module).__module__.startswith("torch.nn")
-            return not known or isinstance(module, _RETURNS_INPUT) or bool(getattr(module, "inplace", False))
+            return not known or isinstance(module, names.VIEW_LAYERS) or bool(getattr(module, "inplace", False))
         case "call_function" | "call_method":
             if is_in_place(node, modules) or node.target in (getattr, operator.getitem):
                 return not facts.reads_only_metadata(node)
             if isinstance(node.target, OpOverload):
                 return any(result.alias_info is not None for result in node.target._schema.returns)
-            return _schema_aliases(facts.target_name(node))
+            return names.may_alias(facts.target_name(node))
     return False
-
-
-@cache
-def _schema_aliases(name: str) -> bool:
-    """Whether any torch operator of this name may return a view; true for names that torch does not know."""
-    if name.startswith(("dropout", "alpha_dropout", "feature_")):
-        return True
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return not (hasattr(F, name) or hasattr(operator, name))
-    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
-    return any(
-        result.alias_info is not None for schema in schemas if not schema.is_mutable for result in schema.returns
-    )
 
 
 def _same_tensor(node: Node, modules: Mapping[str, nn.Module]) -> set[Node]:
@@ -366,13 +380,13 @@ def work_in_place(graph: Graph, modules: MutableMapping[str, Any]) -> None:
     for path, nodes in calls.items():
         if not all(_is_private(_first(node), modules) for node in nodes) or carries_hooks(modules[path]):
             continue
-        if type(modules[path]) is nn.GELU:  # which has no in-place form, as its function has none
+        if names.function_of(modules[path]) == "gelu":  # which has no in-place form, as its function has none
             for node in nodes:
                 node.op, node.target = "call_function", GELU_
                 how = modules[path].approximate
                 node.kwargs = {} if how == "none" else {"approximate": how}
             del modules[path]
-        elif isinstance(modules[path], _ACTIVATION_LAYERS) or all(
+        elif names.function_of(modules[path]) in _ACTIVATIONS or all(
             facts.of(node).in_place is not None for node in nodes
         ):
             _set_in_place(path, modules, True)

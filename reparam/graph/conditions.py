@@ -96,14 +96,24 @@ _ATOMS = (
 )  # fmt: skip
 
 
+# In these, numbers are numbers of the graph.
+_CONTAINERS = (tuple, list, dict, torch.Size)
+
+
 def kind_of(value: Any, within: bool = False) -> tuple[Any, ...]:
-    """What has to stay the same of an argument: rank and kind of tensors, length and keys of containers, constants."""
+    """What has to stay the same of an argument: rank and kind of tensors, length and keys of containers, constants.
+
+    Args:
+        value: The argument.
+        within: Whether numbers have to stay, too, as those in objects do.
+    """
     if isinstance(value, Tensor):
         return "tensor", value.dim(), "floating-point" if value.is_floating_point() else "other"
+    within = within or (isinstance(value, (Mapping, tuple, list)) and type(value) not in _CONTAINERS)
     if isinstance(value, Mapping):
-        return "dict", *((key, kind_of(item, True)) for key, item in value.items() if isinstance(key, str | int))
+        return "dict", *((key, kind_of(item, within)) for key, item in value.items() if isinstance(key, str | int))
     if isinstance(value, (tuple, list)):
-        return "sequence", *(kind_of(item, True) for item in value)
+        return "sequence", *(kind_of(item, within) for item in value)
     if type(value) in (int, float) and not within:
         return "number", type(value).__name__
     if isinstance(value, _ATOMS) or callable(value):

@@ -1,4 +1,4 @@
-"""Parts of a graph, run in float64 on random inputs."""
+"""Nodes of a graph, operators and modules, run in float64 with torch's own functions; random inputs to run them on."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from reparam.algebra import ChannelAffine, Operator
 from reparam.algebra.cost import Cost
-from reparam.graph import facts, views
+from reparam.graph import facts, measure, views
 from reparam.graph.leaves import is_opaque
 from reparam.graph.lift import Refusal, Sum, lift
 from reparam.graph.text import text
@@ -32,8 +32,6 @@ class Graph:
     modules: MutableMapping[str, nn.Module]
     cost: Cost = field(default_factory=Cost)
     _lifted: dict[Node, Operator | Sum | Refusal | None] = field(default_factory=dict)
-    _opaque: list[Node] | None = None
-    _views: list[Node] | None = None
 
     def op(self, node: Node) -> Operator | Sum | Refusal | None:
         """The operator that ``node`` applies, the sum that it is, or None."""
@@ -44,15 +42,14 @@ class Graph:
     def _lift(self, node: Node) -> Operator | Sum | Refusal | None:
         if isinstance(node.target, Operator):
             return node.target
-        # An operator applied to a constant is a constant, and none of anybody's business.
+        # An operator applied to a constant is a constant: there is nothing to rewrite.
         applied = any(source.op != "get_attr" for source in node.all_input_nodes)
         return lift(node, self.modules) if applied else None
 
     def forget(self, nodes: Iterable[Node] | None = None) -> None:
-        """Look again at what some nodes compute when next asked; left out: all of them, and who may write."""
+        """Look again at what some nodes compute when next asked; left out: all of them."""
         if nodes is None:
             self._lifted.clear()
-            self._views = None
         for node in nodes or ():
             self._lifted.pop(node, None)
 
@@ -87,58 +84,19 @@ class Graph:
             return "source"
         return "result" if isinstance(self.op(reader), (ChannelAffine, Sum)) else None
 
-    def is_changed_between(self, source: Node, first: Node, last: Node) -> bool:
-        """Whether ``source`` might be changed in place after ``first`` has read it and before ``last`` does.
-
-        Only Python that was not traced could still do that.
-        """
-        return any(
-            self.is_opaque(reader) and first < reader < last
-            for alias in self._aliases(source)
-            for reader in alias.users
-        )
-
-    def may_change_between(self, source: Node, first: Node, last: Node) -> bool:
-        """The same for a value that may be a view of another, or is read through views.
-
-        What Python that was not traced changes may then be known under any name.
-        """
-        if self._opaque is None:  # no rewrite makes any
-            self._opaque = [node for node in self.fx.nodes if self.is_opaque(node)]
-        return any(first < node < last for node in self._opaque if not node._erased)
-
-    def relies_on_layout(self, norm: Node) -> str | None:
-        """Why the values behind a norm must lie in memory as the norm puts them, or None when they need not.
-
-        A view is as good as a reshape, except where somebody writes to the memory that it shares.
-        """
-        if self._views is None:  # no rewrite makes any
-            self._views = [n for n in self.fx.nodes if n.op == "call_method" and n.target in ("view", "view_as")]
-        written = [view for view in self._views if facts.of(view).frozen is not None]
-        if self._views and self.may_change_between(norm, norm, next(iter(reversed(self.fx.nodes)))):
-            written.append(self._views[-1])
-        last = next((view for view in reversed(written) if norm < view), None)
-        return None if last is None else f"the memory that {describe(last)} shares may be written to"
-
     def is_opaque(self, node: Node) -> bool:
         """Whether a node calls Python that was not traced, and of which nothing else is known."""
         return is_opaque(node, self.modules)
 
     def lets_pass(self, node: Node) -> bool:
-        """Whether a node might let a per-channel affine pass; see :mod:`reparam.passage`."""
+        """Whether a node might let a per-channel affine pass; see :mod:`reparam.rewrite.passage`."""
         operator = self.op(node)
         passes = isinstance(operator, Sum) or (isinstance(operator, Operator) and operator.passes)
         return passes or views.concatenates(node) or moves(node)
 
     def kernels(self, node: Node) -> int:
         """Kernels that ``node`` launches."""
-        operator = self.op(node)
-        if isinstance(operator, Operator):
-            return 0 if facts.target_name(node) == "getitem" else operator.kernels  # a view
-        if isinstance(operator, Sum):
-            return max(1, len(operator.terms) - 1)
-        is_free = node.op in ("placeholder", "get_attr", "output") or node.target is torch.narrow  # a view
-        return 0 if is_free or facts.reads_only_metadata(node) else 1
+        return len(measure.kinds_of(node, self.modules))
 
     def path(self, node: Node) -> str:
         """The module path that a remark about ``node`` names."""
@@ -146,11 +104,6 @@ class Graph:
 
     def __str__(self) -> str:
         return text(self)
-
-    def _aliases(self, source: Node) -> Iterable[Node]:
-        """``source`` and what might share its memory, as far as opaque modules could reach it."""
-        yield source
-        yield from (reader for reader in source.users if isinstance(self.op(reader), type(None)))
 
 
 def describe(node: Node) -> str:

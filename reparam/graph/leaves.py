@@ -10,7 +10,7 @@ from torch.fx import Node
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# What computes the operator of a layer class, a function or a tensor method; filled by :mod:`reparam.lift`.
+# What computes the operator of a layer class, a function or a tensor method; filled by :mod:`reparam.graph.lift`.
 LIFTERS: dict[Any, Callable[..., Any]] = {}
 
 

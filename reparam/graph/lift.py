@@ -5,7 +5,7 @@ takes what the node calls (a module first, for a module) with its arguments, in 
 number and every activation still a node. It returns the operator, or None when the call is not linear, or raises
 :class:`~reparam.errors.AlgebraError` with the reason when it only looks as if it were. :func:`register` adds entries:
 
-    @reparam.lift.register(MyScale)
+    @reparam.lifting.register(MyScale)
     def _(module, x):
         return ChannelAffine(module.gamma, None, axis=-3)
 """
@@ -69,7 +69,7 @@ def register(*targets: Any) -> Callable[[Lifter], Lifter]:
             as long as they do not override what it computes.
 
     Returns:
-        A decorator for the function described in :mod:`reparam.lift`.
+        A decorator for the function that this module describes.
     """
 
     def decorate(lifter: Lifter) -> Lifter:
@@ -90,7 +90,7 @@ def lift(node: Node, modules: Modules) -> Operator | Sum | Refusal | None:
     """The operator that a node applies to its activation, a sum of activations, a refusal, or None.
 
     Args:
-        node: A node of a graph, with the facts of :mod:`reparam.facts`.
+        node: A node of a graph, with the facts of :mod:`reparam.graph.facts`.
         modules: The module at every path that the graph's names refer to.
     """
     if isinstance(node.target, Operator):
@@ -124,7 +124,7 @@ def _lift_module(node: Node, module: nn.Module, modules: Modules) -> Operator | 
 
 
 def _call(lifter: Lifter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operator | Sum | None:
-    """Call a table entry; arguments that it does not know (an ``out=``, say) make the call none of its business."""
+    """Call a table entry; arguments that it does not know (an ``out=``, say) mean that it is not that entry's call."""
     try:
         return lifter(*args, **kwargs)
     except TypeError:

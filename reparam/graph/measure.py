@@ -1,4 +1,9 @@
-"""Counts of what a graph launches."""
+"""Counts of what a graph launches: one counter, for the driver, the report and the page.
+
+A kernel is an operation that makes new memory. A view launches none. Whether a reshape copies depends on how its input
+lies in memory: it is taken to copy what was permuted, unless all axes that it merges lie one behind the other; what any
+kernel has made is taken to be in order.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +12,22 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from reparam.graph import facts
+from reparam.algebra import ChannelAffine, Conv, ConvTranspose, Operator
+from reparam.graph import facts, names, views
 from reparam.graph.affine import Affine
 from reparam.graph.outputs import Rebuild
 from reparam.modes import below
 from reparam.report import Counts
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
-    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
-)  # fmt: skip
-_NORM_FUNCTIONS = frozenset("batch_norm instance_norm layer_norm group_norm rms_norm local_response_norm".split())
-_CONV_FUNCTIONS = frozenset(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))
-_ELEMENTWISE = frozenset(
-    """add iadd sub isub subtract rsub mul imul multiply truediv itruediv div divide true_divide neg negative addcmul
-    pow maximum minimum""".split()
-)
-_FREE_MODULES = (Rebuild, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
-_FREE_FUNCTIONS = frozenset(
-    """view reshape flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand expand_as view_as
-    chunk split split_with_sizes unbind narrow select detach dropout dropout2d alpha_dropout getitem getattr
-    contiguous t to type_as float _assert assert_is_none""".split()
-)
+_FREE_FUNCTIONS = names.DROPOUTS | names.row("getitem getattr type_as float _assert assert_is_none")
+_RESHAPES = names.row("reshape reshape_as flatten ravel contiguous")
+_PERMUTATIONS = names.PERMUTATIONS | names.row("movedim moveaxis")
 
 # Kind of kernel of one call: a field of Counts, "other" for the rest, or None when nothing is launched.
 Kinds: TypeAlias = "list[str]"
@@ -59,6 +53,10 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
         modules: The module for every target of a ``call_module`` node.
         replaced: As for :func:`kinds_inside`.
     """
+    if isinstance(node.target, Operator):
+        return _kinds_of_operator(node.target)
+    if _reshapes(node, modules):
+        return ["other"] if _copies(node, modules) else []
     if node.op == "call_module":
         module = modules[str(node.target)]
         kinds = kinds_inside(module, {} if replaced is None else replaced)
@@ -67,15 +65,78 @@ def kinds_of(node: Node, modules: Mapping[str, Any], replaced: Mapping[nn.Module
     if node.op not in ("call_function", "call_method") or facts.reads_only_metadata(node):
         return []
     name = facts.target_name(node)
-    if name in _CONV_FUNCTIONS:
+    if name == "getitem" and _gathers(node.args[1]):
+        return ["other"]
+    if name in names.CONVOLUTIONS:
         return ["convolutions"]
     if name == "linear":
         return ["linears"]
-    if name in _NORM_FUNCTIONS:
+    if name in names.NORMS:
         return ["norms"]
-    if name in _ELEMENTWISE:
+    if name in names.ARITHMETIC:
         return ["elementwise"] if facts.of(node).kind != "other" else []
-    return [] if name in _FREE_FUNCTIONS or facts.of(node).kind == "other" else ["other"]
+    is_free = (
+        name in _FREE_FUNCTIONS
+        or (names.is_view(name) and node.target is not F.unfold)
+        or facts.of(node).kind == "other"
+    )
+    return [] if is_free else ["other"]
+
+
+def _kinds_of_operator(operator: Operator) -> Kinds:
+    match operator:
+        case Conv() | ConvTranspose():
+            return ["convolutions" if operator.dimensions else "linears"] + ["other"] * (operator.kernels - 1)
+        case ChannelAffine():
+            return ["elementwise"]
+    return ["other"] * operator.kernels
+
+
+def _reshapes(node: Node, modules: Mapping[str, Any]) -> bool:
+    """Whether a node is a view of its input, or a copy, depending on how that lies in memory."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.Flatten
+    return facts.target_name(node) in _RESHAPES and facts.of(node).kind != "other"
+
+
+def _gathers(index: Any) -> bool:
+    """Whether an index picks by the values of a tensor or list, instead of cutting out."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, list) or (isinstance(part, Node) and facts.of(part).kind == "tensor") for part in parts)
+
+
+def _copies(node: Node, modules: Mapping[str, Any]) -> bool:
+    """Whether a reshape has to copy, as far as the views before it show."""
+    name, rank = facts.target_name(node), facts.of(node).rank
+    source = node.args[0]
+    start = facts.Arguments(node).get(1, "start_dim", 0) if name == "flatten" else None
+    known = facts.of(source).rank if isinstance(source, Node) else None
+    if start is not None and (start == -1 or (known or rank) == start + 1):
+        return False  # of a single axis
+    order = _order(source, modules)
+    if order is None:
+        return True
+    if order == sorted(order):
+        return False
+    moved = views.axes(node)
+    if moved is None or name == "contiguous":
+        return True
+    if moved.merged is None:
+        return None in moved.to and moved.unmerged is None
+    first, last, _ = moved.merged
+    return order[first : last + 1] != list(range(order[first], order[first] + last + 1 - first))
+
+
+def _order(value: Any, modules: Mapping[str, Any]) -> list[int] | None:
+    """The axes of a value in the order in which they lie in memory; empty when they are in order, None if unknown."""
+    name = facts.target_name(value) if isinstance(value, Node) else ""
+    if not name or facts.of(value).kind == "other" or kinds_of(value, modules):
+        return []
+    before, moved = _order(value.args[0], modules), views.axes(value)
+    if name in _PERMUTATIONS and moved is not None and before is not None:
+        return [before[axis] if before else axis for axis in map(moved.to.index, range(moved.out_rank))]
+    mixes = name in _PERMUTATIONS or name in ("expand", "expand_as", "getattr")
+    return None if mixes or before != [] else []
 
 
 def kinds_inside(module: nn.Module, replaced: Mapping[nn.Module, Kinds]) -> list[str]:
@@ -117,12 +178,16 @@ def module_kind(module: nn.Module) -> str | None:
         return "convolutions"
     if isinstance(module, nn.Linear):
         return "linears"
-    if isinstance(module, _NORMS):
+    if isinstance(module, names.NORM_LAYERS):
         return "norms"
     if isinstance(module, Affine):
         return "elementwise"
     is_layer = type(module).__module__.startswith("torch.nn.") and not list(module.children())
-    return "other" if is_layer and not isinstance(module, (*_FREE_MODULES, nn.Sequential, nn.ModuleList)) else None
+    return (
+        "other"
+        if is_layer and not isinstance(module, (*names.VIEW_LAYERS, Rebuild, nn.Sequential, nn.ModuleList))
+        else None
+    )
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -1,8 +1,8 @@
 """Where the axes of a value go: views, permutations, poolings, reductions.
 
 A per-channel scale and shift moves through an operation when the channels' axis of its input is an axis of its output
-(:mod:`reparam.passage`), and the number of channels is known beyond it. Sizes are compared as symbols: the batch size
-is whatever ``x.shape[0]`` is, and nothing here depends on the sizes of an example.
+(:mod:`reparam.rewrite.passage`), and the number of channels is known beyond it. Sizes are compared as symbols: the
+batch size is whatever ``x.shape[0]`` is, and nothing here depends on the sizes of an example.
 """
 
 from __future__ import annotations
@@ -17,25 +17,14 @@ from torch.fx import Node
 
 from reparam.algebra import Operator
 from reparam.errors import AlgebraError
-from reparam.graph import facts
+from reparam.graph import facts, names
 from reparam.graph.leaves import carries_hooks, is_leaf
 from reparam.graph.lift import lift
 
 # A known number, an axis of a value (counted from the front), or None.
 Size: TypeAlias = "int | tuple[Node, int] | None"
-_SAME = frozenset("contiguous clone detach alias".split())
-_POOLS = (
-    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample,
-)  # fmt: skip
-_POOL_FUNCTIONS = {
-    f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)
-}  # fmt: skip
-_RESAMPLINGS = frozenset("interpolate upsample".split())
-_RESHAPES = frozenset("view reshape view_as reshape_as".split())
 _REDUCTIONS = frozenset("mean amax amin".split())
 _PRODUCTS = frozenset("matmul bmm einsum".split())
-_SEPARATIONS = frozenset("split split_with_sizes chunk unbind".split())
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,7 @@ def multiplies(node: Node) -> bool:
 
 def separates(node: Node) -> bool:
     """Whether a node separates a value into several."""
-    return node.op in ("call_function", "call_method") and facts.target_name(node) in _SEPARATIONS
+    return node.op in ("call_function", "call_method") and facts.target_name(node) in names.SEPARATIONS
 
 
 def part(node: Node) -> Part | None:
@@ -222,7 +211,9 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
             return None
         counts = [channels(part, along) for part in parts]
         return None if None in counts else (sum(filter(None, counts)), along)
-    if node.op.startswith("call") and name in facts.ARITHMETIC:
+    if known and facts.keeps_shape(node):
+        return known[0]
+    if node.op.startswith("call") and names.is_pointwise(name):
         # More than one channel: whatever else is as long along that axis, counted from the end, or broadcasts.
         return next((own for own in known if own and own[0] > 1), None)
     if (found := part(node)) is not None and found.is_slice:
@@ -232,8 +223,6 @@ def _inherited_channels(node: Node) -> tuple[int, int] | None:
         own = known[0]
         axis = None if own is None else moved.forth(own[1])
         return None if own is None or axis is None else (own[0], axis)
-    if facts.keeps_shape(node):
-        return known[0] if known else None
     return None
 
 
@@ -271,27 +260,21 @@ def _of_module(node: Node, module: Any, source: Node, rank: int) -> Axes | None:
             return _unflatten(rank, dim, module.unflattened_size)
         case _ if type(module).__module__ == "torch.nn.modules.padding":
             return _pad(rank, module.padding)
-        case _ if isinstance(module, _POOLS) and not getattr(module, "return_indices", False):
-            return _keeps_first_two(rank, _space(module))
-    return None
-
-
-def _space(module: nn.Module) -> int | None:
-    """The axes that a pooling layer works on, which its class is named after; None for resampling: all but two."""
-    digits = [base.__name__[-2:] for base in type(module).__mro__ if base.__name__[-2:] in ("1d", "2d", "3d")]
-    return int(digits[-1][0]) if digits and not isinstance(module, nn.Upsample) else None
+    name, several = names.function_of(module), getattr(module, "return_indices", False)
+    is_known = (name in names.POOLS or name in names.RESAMPLINGS) and not several
+    return _keeps_first_two(rank, names.POOLS.get(name)) if is_known else None
 
 
 def _of_function(node: Node, source: Node, rank: int) -> Axes | None:
     name, arguments = facts.target_name(node), facts.Arguments(node)
-    if name in _SAME:
+    if name in names.COPIES:
         return Axes(rank, rank, tuple(range(rank)))
-    if name in _POOL_FUNCTIONS:
+    if name in names.POOLS:
         several = arguments.get(6, "return_indices", False)
-        return None if several else _keeps_first_two(rank, _POOL_FUNCTIONS[name])
-    if name in _RESAMPLINGS:
+        return None if several else _keeps_first_two(rank, names.POOLS[name])
+    if name in names.RESAMPLINGS:
         return _keeps_first_two(rank)
-    if name in _RESHAPES:
+    if name in names.RESHAPES:
         return _reshape(node, name, source, rank)
     if name in _REDUCTIONS and arguments.named("dtype") is None:
         return _reduce(rank, arguments.get(1, "dim", None), arguments.get(2, "keepdim", False))
@@ -413,7 +396,7 @@ def _is_one(node: Node, axis: int) -> bool:
         return False
     if name in _REDUCTIONS and arguments.get(2, "keepdim", False) is True:
         return axis in _positions(arguments.get(1, "dim", None), rank)
-    pools = name.startswith("adaptive_avg_pool") and rank == _POOL_FUNCTIONS[name] + 2
+    pools = name.startswith("adaptive_avg_pool") and rank == names.POOLS[name] + 2
     return pools and axis >= 2 and arguments.get(1, "output_size", None) in (1, (1,), (1, 1), (1, 1, 1))
 
 
@@ -547,7 +530,7 @@ def origins(node: Node, axis: int) -> list[tuple[Node, int]] | None:
     when that is not known, and it may be all of them."""
     moved, known, rank = axes(node), facts.of(node).channels, facts.of(node).rank
     name, sources = facts.target_name(node), node.all_input_nodes
-    if rank is not None and (name in facts.ARITHMETIC or concatenates(node)):
+    if rank is not None and (names.is_pointwise(name) or concatenates(node)):
         ranks = {source: facts.of(source).rank for source in sources if facts.of(source).kind != "other"}
         found = [(source, axis - rank + own) for source, own in ranks.items() if own is not None]
         return [item for item in found if item[1] >= 0] if len(found) == len(ranks) else None
@@ -555,7 +538,7 @@ def origins(node: Node, axis: int) -> list[tuple[Node, int]] | None:
         return [(sources[0], part) for part in range(moved.merged[0], moved.merged[1] + 1)]
     layer = facts.of(node).layer and known is not None and known[1] != -1 and axis > 1  # a convolution
     kept = moved is not None and moved.rank == moved.out_rank and all(to in (None, i) for i, to in enumerate(moved.to))
-    return [(sources[0], axis)] if layer or (kept and name != "getitem" and name not in _RESHAPES) else None
+    return [(sources[0], axis)] if layer or (kept and name != "getitem" and name not in names.RESHAPES) else None
 
 
 def _asked_for(node: Node, moved: Axes, axis: int) -> int | None:
@@ -566,7 +549,7 @@ def _asked_for(node: Node, moved: Axes, axis: int) -> int | None:
     if name == "unflatten" and moved.unmerged is not None:
         sizes: list[Any] = list(arguments.get(2, "sizes", ()))
         first = moved.unmerged[1]
-    elif name in _RESHAPES and not name.endswith("_as"):
+    elif name in names.RESHAPES and not name.endswith("_as"):
         sizes, first = list(wanted_sizes(node) or ()), 0
     else:
         return None

@@ -309,8 +309,6 @@ class Reader:
             if is_standard(node, *_KEEP_SHAPE):
                 facts.know(made, keeps_shape=True, channels=None)  # they are those of its input
             return
-        if facts.of(made).rank is None:
-            facts.know(made, rank=facts.rank(made))
         operator = lift.lift(made, self._modules)
         if isinstance(operator, Operator) and operator.makes is not None:
             facts.know(made, channels=operator.makes, layer=True)

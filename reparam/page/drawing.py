@@ -111,11 +111,8 @@ def diagram(nodes: Iterable[Node], graph: Graph) -> Diagram:
 
 
 def diagram_of(model: torch.fx.GraphModule) -> Diagram:
-    """A whole graph module as a diagram, whoever made it; what is known of its values is noted in its nodes."""
+    """A whole graph module as a diagram, whoever made it."""
     graph = Graph(model.graph, dict(model.named_modules()))
-    for node in model.graph.nodes:
-        if facts.of(node).rank is None and node.op != "output":
-            facts.note(node, graph.modules[str(node.target)] if node.op == "call_module" else None)
     return diagram([node for node in model.graph.nodes if node.op != "output"], graph)
 
 

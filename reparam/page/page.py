@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-import time as clock
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +27,7 @@ from reparam.atomic import atomic_write
 from reparam.capture import exported
 from reparam.compare import as_call
 from reparam.deploy.model import graph_of
-from reparam.errors import ReparamError
-from reparam.files.checkpoint import first_line
+from reparam.errors import ReparamError, first_line
 from reparam.graph import facts, measure
 from reparam.graph.graph import Graph
 from reparam.page import drawing
@@ -38,7 +36,7 @@ from reparam.report import Remark, Report
 
 _LARGEST = 40  # boxes in one drawing, where a module can be drawn in parts
 _TOO_LARGE = 150  # for any drawing
-_ROUNDS = 5, 50  # of timing: at least, and at most
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 50  # of timing
 _CHART_ROW = 72  # pixels
 
 
@@ -367,11 +365,7 @@ def time(
         "compiled graph, eager": lambda: compiled(*args, **kwargs),
     }
     with torch.inference_mode():
-        start = clock.perf_counter()
-        timing.measure(contestants, 2)
-        round_seconds = (clock.perf_counter() - start) / 3
-        fewest, most = _ROUNDS
-        measured = timing.measure(contestants, min(max(fewest, int(seconds / round_seconds)), most), warmups=0)
+        measured = timing.measure(contestants, _MOST_ROUNDS, least=_FEWEST_ROUNDS, patience=seconds)
     conditions = f"{_shapes(example_inputs)}, {_plural(torch.get_num_threads(), 'thread')}, PyTorch"
     return Chart(conditions, tuple(Latency(name, it, "compiled" in name) for name, it in measured.items()))
 

@@ -55,7 +55,7 @@ def read(fx: FxGraph, modules: Mapping[str, nn.Module]) -> list[Remark]:
             remarks.append(Remark("fused", "Border", graph.path(inner), message))
             for write in writes:
                 fx.erase_node(write)
-            Editor(graph).apply(Rewrite(((padded, Apply(bordered, graph.source(inner), ((1.0, padded),))),), message))
+            Editor(graph).apply(Rewrite.one(padded, Apply.one(padded, bordered, graph.source(inner)), message))
     return remarks
 
 

@@ -1,11 +1,10 @@
-"""The engine: rules that look at one node, and the driver that applies them until none matches.
+"""The driver: applies rules until none matches.
 
-A :class:`Rule` returns a :class:`Rewrite` (these nodes equal those expressions), a :class:`Missed` (it would have
-been a match, but for this reason), or None. The driver certifies each rewrite in float64, puts it into the graph,
-checks that the graph became cheaper, and visits the neighbourhood again.
+What a rule returns at a node (:mod:`reparam.rewrite.rule`) is certified in float64, put into the graph by the editor,
+and has to have made the graph cheaper; then the neighbourhood is visited again.
 
 Termination: every rewrite lowers the pair (kernels, nodes), which is bounded below; the driver enforces it. A
-rewritten node holds its operator as its target, in float64; :mod:`reparam.emit` makes layers of them when all is
+rewritten node holds its operator as its target, in float64; :mod:`reparam.deploy.emit` makes layers of them when all is
 done, so numbers are rounded once.
 """
 
@@ -15,7 +14,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.fx
@@ -27,9 +25,10 @@ from reparam.graph import facts, measure
 from reparam.graph.graph import Graph, describe, moves
 from reparam.graph.lift import Refusal
 from reparam.report import Remark
+from reparam.rewrite import safety
 from reparam.rewrite.certify import Uncertifiable, certify
 from reparam.rewrite.edit import Editor
-from reparam.rewrite.rule import Add, Missed, Rewrite, Rule, Slice, applies
+from reparam.rewrite.rule import Add, Missed, Rewrite, Rule, applies, remaining, touched
 
 
 @dataclass
@@ -126,7 +125,7 @@ def _visit(
     """Apply the first rule that matches at a node; returns the nodes to look at again."""
     graph = editor.graph
     for rule in rules:
-        match rule.rewrite(node, graph):
+        match _first_safe(rule.rewrite(node, graph), graph):
             case None:
                 # What stood in the way before may be gone.
                 missed.pop((node, rule.name), None)
@@ -144,12 +143,35 @@ def _visit(
                     outcome.largest_error = max(outcome.largest_error, error)
                 new = _perform(editor, rule, change, outcome)
                 outcome.remarks.append(Remark("fused", rule.name, where, change.message))
-                return _neighbourhood(graph, new or _remaining(change))
+                return _neighbourhood(graph, new or remaining(change))
     return []
 
 
+def _first_safe(found: Rewrite | Missed | Iterable[Rewrite] | None, graph: Graph) -> Rewrite | Missed | None:
+    """The first rewrite that saves kernels and that nobody would notice, or why there is none."""
+    if found is None or isinstance(found, Missed):
+        return found
+    if isinstance(found, Rewrite):
+        return found if (reason := safety.obstacle(graph, found)) is None else Missed(reason)
+    reasons = []
+    for change in found:
+        reason = safety.obstacle(graph, change)
+        if reason is None and _made(change) >= sum(graph.kernels(node) for node in touched(change)):
+            reason = "as many kernels would do what is left"  # a stack adds all its terms in two
+        if reason is None:
+            return change
+        reasons.append(reason)
+    return Missed(reasons[0]) if reasons else None
+
+
+def _made(change: Rewrite) -> int:
+    """Kernels that a rewrite brings in."""
+    added = sum(len(value.terms) - 1 for _, value in change.values if isinstance(value, Add))
+    return added + sum(apply.operator.kernels for apply in applies(change))
+
+
 def _left_over(graph: Graph, explained: set[Node]) -> Iterable[Remark]:
-    """Remarks for the layers that no rule had any business with: every norm that stays says why."""
+    """Remarks for the layers that no rule matched: why each norm that is left stays."""
     for node in graph.fx.nodes:
         kinds = measure.kinds_of(node, graph.modules) if node.op.startswith("call") and node not in explained else []
         operator = graph.op(node)
@@ -179,7 +201,7 @@ def _why_norm_stays(graph: Graph, node: Node) -> str | None:
 def _perform(editor: Editor, rule: Rule, change: Rewrite, outcome: Outcome) -> list[Node]:
     """Apply a rewrite and check that the graph became cheaper."""
     graph = editor.graph
-    before = {node: graph.kernels(node) for node in _touched(graph, change)}
+    before = {node: graph.kernels(node) for node in touched(change)}
     new, erased = editor.apply(change)
     gone = sum(before.get(node, 0) for node in erased)
     made = sum(graph.kernels(node) for node in new)
@@ -208,30 +230,6 @@ def _around(node: Node) -> str:
 def _shared(paths: Sequence[Sequence[str]]) -> list[str]:
     """What some paths have in common from their beginning on."""
     return [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
-
-
-def _touched(graph: Graph, change: Rewrite) -> list[Node]:
-    """All nodes that a rewrite may erase."""
-    found: dict[Node, None] = {}
-    pending = [node for node, _ in change.values]
-    sources = {value.whole.source for _, value in change.values if isinstance(value, Slice)}
-    stop = {apply.source for apply in applies(change)} | sources | set(_remaining(change))
-    while pending:
-        node = pending.pop()
-        if node in found or node in stop:
-            continue
-        found[node] = None
-        pending.extend(node.all_input_nodes)
-    return list(found)
-
-
-def _remaining(change: Rewrite) -> list[Node]:
-    """The nodes that a rewrite keeps, as values or as terms."""
-    found = []
-    for _, value in change.values:
-        terms: list[Any] = [term for _, term in value.terms] if isinstance(value, Add) else [value]
-        found += [term for term in terms if isinstance(term, Node)]
-    return found
 
 
 def _neighbourhood(graph: Graph, nodes: Iterable[Node]) -> list[Node]:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from reparam.algebra import Operator
 from reparam.graph import aliasing, facts, views
 from reparam.graph.graph import Graph, calls, origins
+from reparam.rewrite import safety
 from reparam.rewrite.rule import Add, Apply, Expression, Rewrite, Slice
 
 
@@ -35,7 +36,6 @@ class Editor:
         """
         thawed = self._thaw()
         known = {node: _known(node) for node in self.graph.fx.nodes}
-        facts.settle_ranks(self.graph.fx.nodes, self.graph.modules)
         views.settle(self.graph.fx.nodes, self.graph.modules)
         changed = {node for node, before in known.items() if _known(node) != before}
         affected = [
@@ -125,7 +125,7 @@ class Editor:
         """Perform a rewrite; returns the nodes that came and those that went."""
         new: list[Node] = []
         placed: dict[Node, Node] = {}
-        if rewrite.through:
+        if safety.laid_out_anew(self.graph, rewrite):
             self._free_layouts()
         for node, value in rewrite.values:
             twins = self._twins(node, value)

@@ -17,25 +17,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from reparam.algebra import AnyConv, AveragePool, ChannelAffine, Operator, compose
 from reparam.errors import AlgebraError
-from reparam.graph import facts, shuffles, views
+from reparam.graph import facts, names, shuffles, views
 from reparam.graph.graph import Graph, describe
 from reparam.graph.lift import Refusal, Sum
 from reparam.rewrite.rule import Apply
 
 # Operations whose results are means of their inputs, which any affine passes.
-_MEANS = frozenset(
-    [f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)] + ["mean", "interpolate", "upsample"]
-)
-_MEAN_LAYERS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.Upsample)
+_MEANS = names.RESAMPLINGS | {"mean", *(pool for pool in names.POOLS if "avg" in pool)}
 
 # Operations whose results are the largest of their inputs.
-_MAXIMA = frozenset([f"{kind}_pool{n}d" for kind in ("max", "adaptive_max") for n in (1, 2, 3)] + ["amax"])
-_MAXIMUM_LAYERS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+_MAXIMA = {"amax", *(pool for pool in names.POOLS if "max" in pool)}
 
 
 @dataclass
@@ -79,7 +75,7 @@ def absorb_backward(graph: Graph, norm: Node) -> Walk:
     for node, affine in found.taken:
         # Several parts of one value come back to it one by one.
         fused[node] = _taking_in(affine, fused.get(node) or graph.op(node))
-    changes = [(node, Apply(made, graph.source(node), ((1.0, node),), also=(norm,))) for node, made in fused.items()]
+    changes = [(node, Apply.one(node, made, graph.source(node), also=(norm,))) for node, made in fused.items()]
     return Walk(changes, list(dict.fromkeys(found.through)))
 
 
@@ -274,21 +270,21 @@ def _only_axis(moved: views.Axes, source: Node, count: int) -> int | None:
 
 def _check_values(graph: Graph, node: Node, affine: ChannelAffine) -> None:
     """Raise when a node does more than move values about, and what it does to them does not commute."""
-    name = facts.target_name(node) if node.op != "call_module" else ""
     module = graph.modules.get(str(node.target)) if node.op == "call_module" else None
-    if name in _MAXIMA or isinstance(module, _MAXIMUM_LAYERS):
+    name = facts.target_name(node) if module is None else names.function_of(module)
+    if name in _MAXIMA:
         if bool((affine.scale < 0).any()):
             raise AlgebraError(f"a negative scale turns the maxima of {describe(node)} into minima")
     elif name == "amin":
         raise AlgebraError("it is read by a minimum")
     elif affine.shift is None or not bool(affine.shift.any()):
         return
-    elif name in _MEANS or isinstance(module, _MEAN_LAYERS):
+    elif name in _MEANS:
         arguments = facts.Arguments(node)
         padding = getattr(module, "padding", 0) if module is not None else arguments.get(3, "padding", 0)
         counted = getattr(module, "count_include_pad", True) if module else arguments.get(5, "count_include_pad", True)
         divisor = getattr(module, "divisor_override", None) if module else arguments.named("divisor_override")
-        is_pool = name.startswith("avg_pool") or isinstance(module, nn.modules.pooling._AvgPoolNd)
+        is_pool = name.startswith("avg_pool")
         if is_pool and (divisor is not None or (padding not in (0, (0,), (0, 0), (0, 0, 0)) and counted is not False)):
             raise AlgebraError(f"{describe(node)} pads with zeros, which the shift would not reach")
 
@@ -364,7 +360,7 @@ def _into(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAff
         except AlgebraError as reason:
             raise AlgebraError(f"not foldable into {describe(reader)}: {reason}") from None
         source = graph.source(norm) if node is norm else node
-        walk.changes.append((reader, Apply(fused, source, ((1.0, reader),), also=(norm,))))
+        walk.changes.append((reader, Apply.one(reader, fused, source, also=(norm,))))
         return
     beyond, chain = Walk(), [reader]
     try:
@@ -384,7 +380,7 @@ def _into(graph: Graph, norm: Node, node: Node, reader: Node, affine: ChannelAff
             raise AlgebraError(f"it is also read by {describe(reader)}, which cannot take it in: {reason}") from None
     if isinstance(operator, AveragePool) and node is norm:
         pool = compose(operator, affine)
-        walk.changes.append((reader, Apply(pool, graph.source(norm), ((1.0, reader),), also=(norm,))))
+        walk.changes.append((reader, Apply.one(reader, pool, graph.source(norm), also=(norm,))))
         return
     raise AlgebraError(f"it is also read by {describe(reader)}, which cannot take it in")
 

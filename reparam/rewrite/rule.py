@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from torch.fx import Node
 
@@ -26,6 +27,11 @@ class Apply:
     source: Node
     terms: tuple[tuple[float, Node], ...]
     also: tuple[Node, ...] = ()
+
+    @classmethod
+    def one(cls, node: Node, operator: Operator, source: Node, also: tuple[Node, ...] = ()) -> Apply:
+        """``operator(source)``, which equals one node."""
+        return cls(operator, source, ((1.0, node),), also)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,11 @@ class Rewrite:
     outputs: tuple[Node, ...] = ()
     through: tuple[Node, ...] = ()
 
+    @classmethod
+    def one(cls, node: Node, value: Expression, message: str) -> Rewrite:
+        """One node and what takes its place."""
+        return cls(((node, value),), message)
+
 
 @dataclass(frozen=True)
 class Missed:
@@ -102,8 +113,11 @@ class Rule:
 
     last: ClassVar[bool] = False
 
-    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | None:
-        """What replaces ``node``, why nothing does, or None when the rule has no business here."""
+    def rewrite(self, node: Node, graph: Graph) -> Rewrite | Missed | Iterable[Rewrite] | None:
+        """What replaces ``node``, why nothing does, or None when the rule has no business here.
+
+        Several rewrites are tried in this order: the first one takes place that nobody notices by memory.
+        """
         raise NotImplementedError
 
     @property
@@ -121,3 +135,34 @@ def applies(change: Rewrite) -> list[Apply]:
         elif isinstance(value, Add):
             found += [term for _, term in value.terms if isinstance(term, Apply)]
     return found
+
+
+def kept(value: Expression) -> Node | None:
+    """The node that takes a place as it is, without anything that is computed anew; None when there is none."""
+    if isinstance(value, Add) and len(value.terms) == 1 and value.terms[0][0] == 1.0:
+        value = value.terms[0][1]
+    return value if isinstance(value, Node) else None
+
+
+def remaining(change: Rewrite) -> list[Node]:
+    """The nodes that a rewrite keeps, as values or as terms."""
+    found = []
+    for _, value in change.values:
+        terms: list[Any] = [term for _, term in value.terms] if isinstance(value, Add) else [value]
+        found += [term for term in terms if isinstance(term, Node)]
+    return found
+
+
+def touched(change: Rewrite) -> list[Node]:
+    """All nodes that a rewrite may erase."""
+    found: dict[Node, None] = {}
+    pending = [node for node, _ in change.values]
+    sources = {value.whole.source for _, value in change.values if isinstance(value, Slice)}
+    stop = {apply.source for apply in applies(change)} | sources | set(remaining(change))
+    while pending:
+        node = pending.pop()
+        if node in found or node in stop:
+            continue
+        found[node] = None
+        pending.extend(node.all_input_nodes)
+    return list(found)

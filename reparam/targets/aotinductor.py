@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from reparam.errors import ExportError, reason
+from reparam.targets.program import operators_of
+from reparam.targets.registry import register
 from reparam.targets.target import Options, Target, Written, quiet
-from reparam.targets.torch_export import operators_of
 
 
+@register
 class AotInductor(Target):
     """A package of machine code for this kind of processor, or GPU.
 

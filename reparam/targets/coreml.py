@@ -15,6 +15,7 @@ from torch.fx import Node
 from reparam.errors import ExportError, VerificationError
 from reparam.report import Comparison
 from reparam.targets.program import input_shapes
+from reparam.targets.registry import register
 from reparam.targets.target import Options, Target, Written, quiet, require
 
 _LAYERS = ("conv", "conv_transpose", "linear")
@@ -23,6 +24,7 @@ _KINDS |= {"linear": "linear", "batch_norm": "batch_norm"}
 _ROUNDING = 2.0**-11  # of half precision, relative to the largest weight; single precision is kept as it is
 
 
+@register
 class CoreML(Target):
     """Apple's runtime, for processors, graphics and the Neural Engine.
 

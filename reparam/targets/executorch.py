@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from reparam.errors import ExportError, reason
+from reparam.targets.program import operators_of
+from reparam.targets.registry import register
 from reparam.targets.target import Options, Target, Written, quiet, require
-from reparam.targets.torch_export import operators_of
 from reparam.targets.xnnpack import in_known_operators
 
 
+@register
 class ExecuTorch(Target):
     """Meta's runtime for Android, iOS and embedded systems.
 

@@ -13,9 +13,11 @@ from torch.export import ExportedProgram
 
 from reparam.errors import ExportError, reason
 from reparam.targets.program import axis_names
+from reparam.targets.registry import register
 from reparam.targets.target import Options, Target, Written, require
 
 
+@register
 class Onnx(Target):
     """The exchange format that most runtimes read: onnxruntime, TensorRT, and many more."""
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from reparam.errors import ExportError, reason
+from reparam.targets.registry import register
 from reparam.targets.target import Options, Target, Written, quiet, require
 
 _BOOKKEEPING = ("Parameter", "Constant", "Result")
 
 
+@register
 class OpenVINO(Target):
     """Intel's runtime, for processors, integrated graphics and NPUs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,12 @@ def axis_names(program: ExportedProgram) -> dict[str, str]:
                 taken = sum(other.split("_")[0] == name for other in names.values())
                 names.setdefault(str(symbol), f"{name}_{taken + 1}" if taken else name)
     return names
+
+
+def operators_of(program: ExportedProgram) -> Counter[str]:
+    """How often a program calls each of ATen's operators."""
+    calls = (node.target for node in program.graph.nodes if node.op == "call_function")
+    return Counter(str(getattr(target, "overloadpacket", target)).removeprefix("aten.") for target in calls)
 
 
 def in_order(model: nn.Module) -> nn.Module:

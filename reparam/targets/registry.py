@@ -1,21 +1,21 @@
-"""The targets by name and by suffix."""
+"""The targets that are known, by name and by suffix. A module of a target registers it; nothing here knows any."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from reparam.errors import ExportError
-from reparam.targets.aotinductor import AotInductor
-from reparam.targets.coreml import CoreML
-from reparam.targets.executorch import ExecuTorch
-from reparam.targets.onnx import Onnx
-from reparam.targets.openvino import OpenVINO
 from reparam.targets.target import Target
-from reparam.targets.torch_export import TorchExport
 
-TARGETS: dict[str, Target] = {
-    target.name: target for target in (Onnx(), OpenVINO(), ExecuTorch(), CoreML(), TorchExport(), AotInductor())
-}
+TARGETS: dict[str, Target] = {}
+TargetT = TypeVar("TargetT", bound=type[Target])
+
+
+def register(target: TargetT) -> TargetT:
+    """Decorate a :class:`Target` to make it known by its name and its suffix."""
+    TARGETS[target.name] = target()
+    return target
 
 
 def target_of(path: Path, name: str | None = None) -> Target:

@@ -181,7 +181,7 @@ class Target(ABC):
             never: Files that must not be replaced.
 
         Raises:
-            ExportError: As :func:`reparam.storage.check_destination`; or ``path`` is a folder of another kind.
+            ExportError: As :func:`reparam.atomic.check_destination`; or ``path`` is a folder of another kind.
         """
         for file in self.files(path):
             atomic.check_destination(file, never=never, package=self.is_folder)

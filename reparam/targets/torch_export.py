@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,9 +9,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from reparam.errors import ExportError, reason
+from reparam.targets.program import operators_of
+from reparam.targets.registry import register
 from reparam.targets.target import Options, Target, Written, quiet
 
 
+@register
 class TorchExport(Target):
     """PyTorch's own exchange format."""
 
@@ -33,9 +35,3 @@ class TorchExport(Target):
                 return torch.export.load(path).module()
         except Exception as error:  # whatever reading a damaged archive raises
             raise ExportError(f"{path}: torch.export cannot load it: {reason(error)}") from error
-
-
-def operators_of(program: ExportedProgram) -> Counter[str]:
-    """How often a program calls each of ATen's operators."""
-    calls = (node.target for node in program.graph.nodes if node.op == "call_function")
-    return Counter(str(getattr(target, "overloadpacket", target)).removeprefix("aten.") for target in calls)

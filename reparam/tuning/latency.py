@@ -1,9 +1,10 @@
 """``optimize="latency"``: what counting cannot tell is timed, on this machine and with the example inputs.
 
 Three kinds of choice are timed. Rewrites that might not pay: a kernel that computes more than what it replaces, two
-operators in a row, kernels that read the same value (:class:`Measured`, which is the :class:`reparam.cost.Cost` that
-rules ask). How the graph is run (:mod:`reparam.variants`). And, at the end, the whole result against the whole graph
-that ``optimize="size"`` gives, which is returned unless the other is faster beyond doubt.
+operators in a row, kernels that read the same value (:class:`Measured`, which is the
+:class:`reparam.algebra.cost.Cost` that rules ask). How the graph is run (:mod:`reparam.tuning.variants`). And, at the
+end, the whole result against the whole graph that ``optimize="size"`` gives, which is returned unless the other is
+faster beyond doubt.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.fx import GraphModule
 from reparam.algebra import AnyConv, Conv, Operator
 from reparam.algebra.cost import Choice, Cost
 from reparam.compare import compare, run
-from reparam.deploy import layers
+from reparam.deploy.layers import layers as layers_of
 from reparam.deploy.model import CompiledModel
 from reparam.errors import ReparamError, VerificationError, first_line
 from reparam.graph.graph import Graph
@@ -113,7 +114,7 @@ class Measured(Cost):
     remarks: list[Remark] = field(default_factory=list)
 
     def too_costly(self, choice: Choice, where: str = "") -> str | None:
-        """As :meth:`reparam.cost.Cost.too_costly`; the reason gives the times."""
+        """As :meth:`reparam.algebra.cost.Cost.too_costly`; the reason gives the times."""
         counted = super().too_costly(choice, where)
         if choice.shape is None or not _is_doubtful(choice):
             return counted
@@ -187,10 +188,9 @@ class _Candidates:
 
     def _row(self, operators: Sequence[Operator]) -> nn.Sequential:
         """Operators in a row, the last one first, as layers."""
-        rows = [layers.layers(_filled(operator), self.dtype) for operator in reversed(operators)]
-        return nn.Sequential(
-            *(variants.layer(self.variant, made.to(self.device)) for row in rows for made in row)
-        ).eval()
+        rows = [layers_of(_filled(operator), self.dtype) for operator in reversed(operators)]
+        layers = [variants.layer(self.variant, made.to(self.device)) for row in rows for made in row]
+        return nn.Sequential(*layers).eval()
 
     def _run(self, function: Callable[[Tensor], object]) -> Run:
         assert self.choice.shape is not None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Node
 
-from reparam.graph import facts
+from reparam.graph import facts, names
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,6 @@ _ACTIVATIONS = {
     "sigmoid": _Activation(torch.sigmoid, "sigmoid"),
     "tanh": _Activation(torch.tanh, "tanh"),
 }
-_LAYERS = {
-    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid",
-    nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
-}  # fmt: skip
 
 
 def activation_of(node: Node, module: nn.Module | None) -> str | None:
@@ -60,15 +56,14 @@ def activation_of(node: Node, module: nn.Module | None) -> str | None:
     """
     if facts.of(node).frozen is not None or len(node.args) != 1:
         return None
-    if node.op == "call_module":
-        if type(module) is nn.GELU:
-            return "gelu" if module.approximate == "none" else "gelu_tanh"
-        return _LAYERS.get(type(module)) if module is not None else None
-    name = facts.target_name(node) if node.op in ("call_function", "call_method") else ""
-    if name == "gelu" and node.kwargs == {"approximate": "tanh"}:
+    if module is not None:
+        name, given = names.function_of(module), {"approximate": getattr(module, "approximate", "none")}
+    else:
+        name, given = facts.target_name(node), node.kwargs
+    settings = {key: value for key, value in given.items() if key != "inplace" and value != "none"}
+    if name == "gelu" and settings == {"approximate": "tanh"}:
         return "gelu_tanh"
-    settings = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    return name if name in _ACTIVATIONS and not settings else None
+    return name if name and name in _ACTIVATIONS and not settings else None
 
 
 _TENSORS = {"weight", "bias"}

@@ -1,7 +1,7 @@
 """The same graph, run differently: how feature maps lie in memory, and how layers are called.
 
 Neither changes what is computed, which model gains by which differs from machine to machine, and
-:mod:`reparam.latency` measures it.
+:mod:`reparam.tuning.latency` measures it.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from networks import NORM, SCALARS, Constant, assert_same, image, model, reasons
 from torch import nn
 
 import reparam
-from reparam.passes import AffineAfterAffine
+from reparam.passes import Compose
 
 
 def test_scalars_and_norm_in_a_row():
     net = model(lambda s, x: s.bn(2 * x + 1).relu(), bn=nn.BatchNorm2d(3))
-    before, after = rewritten(net, [AffineAfterAffine()])
+    before, after = rewritten(net, [Compose("AffineAfterAffine")])
     assert before == (
         "%0 = input x\n"
         "%1 = affine[2](%0)\n"

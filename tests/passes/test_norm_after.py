@@ -13,9 +13,9 @@ from torch import nn
 
 import reparam
 from reparam.errors import ConditionError
-from reparam.passes import NormAfterLinear
+from reparam.passes import Compose
 
-RULES = [NormAfterLinear()]
+RULES = [Compose("NormAfterLinear")]
 
 
 def test_norm_after_convolution():

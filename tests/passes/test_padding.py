@@ -11,9 +11,9 @@ from strategies import MODES
 from torch import nn
 
 import reparam
-from reparam.passes import PadBeforeConv
+from reparam.passes import Compose
 
-RULES = [PadBeforeConv()]
+RULES = [Compose("PadBeforeConv")]
 
 
 def test_padding_becomes_the_convolutions_own():

@@ -148,7 +148,7 @@ class Wrong(reparam.rules.Rule):
         self.spoil = spoil
 
     def rewrite(self, node: Node, graph: reparam.rules.Graph) -> Any:
-        right = reparam.passes.NormAfterLinear().rewrite(node, graph)
+        right = reparam.passes.Compose("NormAfterLinear").rewrite(node, graph)
         if not isinstance(right, reparam.rules.Rewrite):
             return right
         ((replaced, value),) = right.values

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reparam.bench import RUNTIMES, Benchmark, Row, Settings, bench, graphs_of, plot, race
 from reparam.bench.memory import peak_memory
-from reparam.bench.race import FEWEST_ROUNDS, sample, timer_for
+from reparam.bench.racing import FEWEST_ROUNDS, sample, timer_for
 from reparam.bench.runtimes import Eager, Inputs, Source, choose, outputs
 from reparam.errors import ReparamError
 from support import Net, randomise

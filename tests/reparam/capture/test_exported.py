@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,44 +12,12 @@ from torch import Tensor, nn
 import reparam
 from reparam.compare import compare
 from reparam.errors import CaptureError, ConditionError
-from support import randomise
-
-
-class Net(nn.Module):
-    """A convolution, its norm and a linear layer, and a forward that uses them."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = forward
-        self.block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
-        self.head = nn.Linear(4, 5)
-        self.scale = nn.Parameter(torch.ones(5))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
-
-
-def _asserts(net: Any, x: Tensor) -> Tensor:
-    assert x.shape[1] == 3
-    return net.block(x)
-
-
-def _pads(net: Any, x: Tensor) -> Tensor:
-    bottom = -x.shape[2] % 4
-    return net.block(F.pad(x, (0, 0, 0, bottom)))[:, :, : x.shape[2]] if len(x.shape) == 4 else x
-
-
-def _assigns(net: Any, x: Tensor) -> Tensor:
-    assert x.ndim == 4
-    y = net.block(x).relu()
-    y[:, :1] = 0
-    y[:, 1:2] += 1
-    return y.relu_()
+from support import BlockNet, asserts, assigns, pads, randomise
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_an_exported_program_is_compiled(dynamic: bool) -> None:
-    model = randomise(Net(_assigns)).double().eval()
+    model = randomise(BlockNet(assigns)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     wrapped = _Alone(model)
@@ -73,7 +40,7 @@ class _Alone(nn.Module):
 
 
 def test_a_program_exported_in_training_mode_is_an_error() -> None:
-    program = torch.export.export(Net(_asserts).train(), (torch.randn(2, 3, 9, 8),))
+    program = torch.export.export(BlockNet(asserts).train(), (torch.randn(2, 3, 9, 8),))
     with pytest.raises(CaptureError, match=r"its own tensors"):
         reparam.compile(program)
 
@@ -81,7 +48,7 @@ def test_a_program_exported_in_training_mode_is_an_error() -> None:
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("example", [True, False])
 def test_the_module_of_an_exported_program_is_compiled(dynamic: bool, example: bool) -> None:
-    model = randomise(Net(_assigns)).double().eval()
+    model = randomise(BlockNet(assigns)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     module = torch.export.export(_Alone(model), (x,), dynamic_shapes=shapes).module()
@@ -98,7 +65,7 @@ def test_the_module_of_an_exported_program_is_compiled(dynamic: bool, example: b
 
 
 def test_a_decomposed_program_is_compiled() -> None:
-    model = randomise(Net(_heads)).double().eval()
+    model = randomise(BlockNet(_heads)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     program = torch.export.export(_Alone(model), (x,)).run_decompositions()
     for given in (program, program.module()):
@@ -121,7 +88,7 @@ WEIGHT_NORMS = {"old": nn.utils.weight_norm, "new": nn.utils.parametrizations.we
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @pytest.mark.parametrize("form", WEIGHT_NORMS)
 def test_parameter_programs_of_what_is_exported_run_once(form: str) -> None:
-    model = randomise(Net(_pads)).double().eval()
+    model = randomise(BlockNet(pads)).double().eval()
     WEIGHT_NORMS[form](model.block[0])
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     for given in (model, torch.export.export(model, (x,))):
@@ -138,7 +105,7 @@ def test_what_a_program_computes_from_constants_is_computed_once() -> None:
         y = net.block(F.conv2d(x, net.block[0].weight[:3].flip(3), padding=1))
         return F.linear(y.mean((2, 3)), torch.cat([second, first], 1)), torch.zeros_like(net.scale).add_(1)
 
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     result = reparam.compile(torch.export.export(model, (x,)))
     names = {str(getattr(node.target, "__name__", node.target)) for node in result.graph.nodes}
@@ -153,7 +120,7 @@ def test_random_numbers_are_not_computed_once() -> None:
     def forward(net: Any, x: Tensor) -> Tensor:
         return net.block(x).mean() + torch.rand_like(net.scale)
 
-    program = torch.export.export(Net(forward).eval(), (torch.randn(2, 3, 9, 8),))
+    program = torch.export.export(BlockNet(forward).eval(), (torch.randn(2, 3, 9, 8),))
     result = reparam.compile(program)
     x = torch.randn(2, 3, 9, 8)
     assert not torch.equal(result(x), result(x))

@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 import reparam
 from reparam.capture import capture, private_copy, record
 from reparam.errors import ConditionError
-from support import Net, randomise
+from support import ModelOutput, Net, randomise
 
 SIZES = ((2, 3, 8, 8), (1, 3, 8, 8), (3, 3, 9, 6), (2, 3, 7, 12))
 X = normal(*SIZES[0])
@@ -917,6 +917,12 @@ def test_attributes_of_the_root_are_kept() -> None:
 # 8. Random numbers, writes to own tensors, autocast.
 
 
+def test_attention_that_drops_nothing_out_draws_no_random_numbers() -> None:
+    """The operator that computes it says that it may; the state of the generator says that it has not."""
+    compiled = reparam.compile(net(lambda s, x: F.scaled_dot_product_attention(y := s.block(x), y, y)), X)
+    assert compiled.report.comparison is not None
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -1008,15 +1014,6 @@ class Out:
 class FrozenOut:
     logits: Any = None
     hidden: Any = None
-
-
-class ModelOutput(OrderedDict):
-    def __init__(self, logits: Any = None, hidden: Any = None) -> None:
-        super().__init__((k, v) for k, v in {"logits": logits, "hidden": hidden}.items() if v is not None)
-        self.logits, self.hidden = logits, hidden
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.logits, self.hidden)
 
 
 Named = namedtuple("Named", "logits hidden")

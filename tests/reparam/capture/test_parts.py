@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import assert_same, model, normal
 from torch import Tensor, nn
 
 import reparam
@@ -512,3 +514,25 @@ def test_a_part_may_make_modules_at_its_first_call():
     for size in (12, 9):
         x = torch.randn(1, 4, size, size)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+class Taps(nn.ModuleDict):
+    """What goes through all of its modules in a row, whichever they are."""
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        found = OrderedDict()
+        for name, module in self.items():
+            x = module(x)
+            if name != "a":
+                found[name] = x
+        return found
+
+
+def test_a_part_that_iterates_over_its_modules_returns_a_class_of_its_own() -> None:
+    """Recording gives its copy a module that rebuilds outputs; the model that is held against has none."""
+    taps = Taps({"a": nn.Conv2d(3, 4, 3), "b": nn.BatchNorm2d(4), "c": nn.ReLU()})
+    module = model(lambda s, x: s.taps(x)["c"] * 2, taps=taps)
+    x = normal(2, 3, 8, 8)
+    compiled = reparam.compile(module, x, keep_python=True)
+    assert_same(module, compiled, x)
+    assert compiled.report.after.norms == 0

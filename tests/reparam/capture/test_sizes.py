@@ -22,7 +22,7 @@ from reparam.capture import capture
 from reparam.compare import compare
 from reparam.errors import ConditionError
 from reparam.graph.conditions import check_call
-from support import randomise
+from support import BlockNet, asserts, assigns, pads, randomise
 
 FORWARDS = {
     "a token for every image": lambda s, x: torch.cat([s.token.expand(x.shape[0], -1, -1), x], 1),
@@ -69,42 +69,10 @@ def test_sizes_that_python_rounds_stay_dynamic():
         assert_same(net, compiled, normal(2, 3, *size))
 
 
-class Net(nn.Module):
-    """A convolution, its norm and a linear layer, and a forward that uses them."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = forward
-        self.block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
-        self.head = nn.Linear(4, 5)
-        self.scale = nn.Parameter(torch.ones(5))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
-
-
-def _asserts(net: Any, x: Tensor) -> Tensor:
-    assert x.shape[1] == 3
-    return net.block(x)
-
-
 def _raises(net: Any, x: Tensor) -> Tensor:
     if x.shape[2] < 4 or x.shape[-1] % 2:
         raise ValueError(f"an image of {x.shape[2]} by {x.shape[3]} is not what this is made for")
     return net.block(x)
-
-
-def _pads(net: Any, x: Tensor) -> Tensor:
-    bottom = -x.shape[2] % 4
-    return net.block(F.pad(x, (0, 0, 0, bottom)))[:, :, : x.shape[2]] if len(x.shape) == 4 else x
-
-
-def _assigns(net: Any, x: Tensor) -> Tensor:
-    assert x.ndim == 4
-    y = net.block(x).relu()
-    y[:, :1] = 0
-    y[:, 1:2] += 1
-    return y.relu_()
 
 
 def _tokens(net: Any, x: Tensor) -> Any:
@@ -115,9 +83,9 @@ def _tokens(net: Any, x: Tensor) -> Any:
     return {"map": tokens.transpose(1, 2).reshape(b, -1, h, w), "rest": [tokens.mean(1), (b, None)]}
 
 
-@pytest.mark.parametrize("forward", [_asserts, _raises, _pads, _assigns, _tokens])
+@pytest.mark.parametrize("forward", [asserts, _raises, pads, assigns, _tokens])
 def test_python_that_reads_sizes_becomes_a_graph(forward: Callable[..., Any]) -> None:
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
     assert (result.report.before.norms > 0, result.report.after.norms) == (True, 0)
     assert isinstance(result, torch.fx.GraphModule)
@@ -150,7 +118,7 @@ def _decides_by_height(net: Any, x: Tensor) -> Tensor:
     [(_decides_by_height, "x.shape[2] % 2 is 1"), (_decides_by_one_height, "the height of x is not 5")],
 )
 def test_a_module_that_decides_by_sizes_stays_and_its_parts_are_compiled(forward: Any, reason: str) -> None:
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
     remarks = [remark.message for remark in result.report.remarks if remark.rule == "Record"]
     assert remarks == [f"kept as Python: it decides by sizes ({reason})"]
@@ -170,7 +138,7 @@ def test_a_module_that_decides_by_sizes_stays_and_its_parts_are_compiled(forward
     ],
 )
 def test_a_decision_by_sizes_is_said_and_checked(forward: Any, said: str, good: Any, bad: Any) -> None:
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64), sizes="example")
     assert isinstance(result, torch.fx.GraphModule)
     assert result.report.after.norms == 0
@@ -202,7 +170,7 @@ def _several_views(net: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("forward", "said"), [(_pads_by_the_size, ["the height of x is 9"]), (_several_views, [])])
 def test_what_follows_from_conditions_is_none(forward: Any, said: list[str]) -> None:
-    model = Net(forward)
+    model = BlockNet(forward)
     model.same = nn.Conv2d(3, 3, 3, padding=1)
     randomise(model).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
@@ -221,7 +189,7 @@ def test_a_hook_may_make_a_value_of_another_size(sizes: str) -> None:
         y = net.hooked(x)
         return net.block(y) * y.shape[3] * {y.shape[2]: 2}[y.shape[2]]
 
-    model = Net(forward)
+    model = BlockNet(forward)
     model.hooked = nn.ReLU()
     model.hooked.register_forward_hook(lambda module, args, output: output[..., 1:])
     randomise(model).double().eval()
@@ -262,7 +230,7 @@ def test_what_does_not_follow_is_still_a_condition(count: Callable[[Tensor], Any
         assert x.shape[2] == 9
         return net.block(x) * {int(count(x)): 2.0}.get(count(x), 1.0) * int(count(x))
 
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     result = reparam.compile(model, x, sizes="example")
     with torch.no_grad():
@@ -291,7 +259,7 @@ def _compared(net: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward", [_masked, _counted, _compared])
 def test_a_value_that_sizes_alone_make_is_theirs(forward: Callable[..., Any]) -> None:
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     assert "asks for the value" in str(reparam.compile(model, x).report) or forward is _compared
     result = reparam.compile(model, x, sizes="example")
@@ -339,7 +307,7 @@ class Filling(nn.Module):
 
 @pytest.mark.parametrize("forward", [_filled, _filled_by_a_view, _filled_elsewhere, _drawn])
 def test_a_value_that_is_more_than_sizes_is_asked_for_at_every_call(forward: Callable[..., Any]) -> None:
-    model = Net(forward)
+    model = BlockNet(forward)
     model.fill = Filling()
     randomise(model).double().eval()
     x = torch.rand(2, 3, 9, 8, dtype=torch.float64)
@@ -357,7 +325,7 @@ def test_what_is_written_to_memory_that_is_kept_is_of_the_call() -> None:
             net.kept[:] = x.mean((1, 2, 3), keepdim=True)
         return net.block(x) * net.kept
 
-    model = Net(forward)
+    model = BlockNet(forward)
     model.kept = None
     randomise(model).double().eval()
     x = torch.rand(2, 3, 9, 8, dtype=torch.float64)
@@ -368,7 +336,7 @@ def test_what_is_written_to_memory_that_is_kept_is_of_the_call() -> None:
 
 
 def test_a_number_chosen_by_a_size_is_chosen_at_every_call() -> None:
-    model = randomise(Net(_decides_by_batch)).double().eval()
+    model = randomise(BlockNet(_decides_by_batch)).double().eval()
     result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
     assert not [remark for remark in result.report.remarks if remark.kind == "capture"]
     assert result.report.after.norms == 0
@@ -395,7 +363,7 @@ def test_what_comes_out_alike_for_every_size_decides_nothing(decides: Any, alway
             y = y.relu()
         return y
 
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
     assert isinstance(result, torch.fx.GraphModule) is always
     for height in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 20, 21):
@@ -405,7 +373,7 @@ def test_what_comes_out_alike_for_every_size_decides_nothing(decides: Any, alway
 
 
 def test_what_a_model_demands_is_demanded_of_the_graph() -> None:
-    model = randomise(Net(_raises)).double().eval()
+    model = randomise(BlockNet(_raises)).double().eval()
     result = reparam.compile(model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
     assert not [remark for remark in result.report.remarks if remark.kind == "capture"]
     for size, words in (((2, 3, 3, 8), "x.shape[2] >= 4"), ((2, 3, 9, 7), "the width of x is a multiple of 2")):
@@ -415,7 +383,7 @@ def test_what_a_model_demands_is_demanded_of_the_graph() -> None:
 
 
 def test_arguments_keep_their_names_and_defaults() -> None:
-    class Named(Net):
+    class Named(BlockNet):
         def forward(self, x: Any, *others: Tensor, mode: str = "sum", mask: Tensor | None = None, **more: Any) -> Any:
             assert x["image"].shape[1] == 3
             y = self.block(x["image"]) + self.block(others[1])
@@ -448,7 +416,7 @@ def test_what_asks_for_values_is_compiled_by_parts() -> None:
     def forward(net: Any, x: Tensor) -> Any:
         return Output(net.block(x) if x.sum() < 1e12 else x)
 
-    model = randomise(Net(forward)).double().eval()
+    model = randomise(BlockNet(forward)).double().eval()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     result = reparam.compile(model, x)
     assert result.report.after.norms == 0
@@ -458,7 +426,7 @@ def test_what_asks_for_values_is_compiled_by_parts() -> None:
 
 
 def test_a_model_that_writes_to_its_buffers_goes_on_writing() -> None:
-    class Counting(Net):
+    class Counting(BlockNet):
         def __init__(self) -> None:
             super().__init__(lambda net, x: x)
             self.register_buffer("count", torch.zeros(1))

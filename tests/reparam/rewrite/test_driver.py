@@ -274,7 +274,7 @@ def test_rules_beside_the_default_ones():
 
 
 def test_class_in_place_of_an_instance():
-    with pytest.raises(ReparamError, match=r"passes must be instances of reparam\.Rule"):
+    with pytest.raises(ReparamError, match=r"passes must be instances of reparam\.rules\.Rule"):
         reparam.compile(conv_norm(), passes=[ScaleIsNothing])
 
 

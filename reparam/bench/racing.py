@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import importlib.metadata
-import itertools
 import platform
 import statistics
 import tempfile
@@ -323,11 +321,11 @@ def _with_memory(row: Row, runtime: Runtime, source: Source, inputs: Inputs, set
 def timer_for(device: str, clock: Callable[[], float] = time.perf_counter) -> Timer:
     """What times an inference, after one that is not timed: others have used the caches since its last one."""
 
+    watch = timing.stopwatch(clock)
+
     def on_cpu(call: Call) -> float:
         call()
-        start = clock()
-        call()
-        return clock() - start
+        return watch(call)
 
     def on_cuda(call: Call) -> float:
         call()
@@ -355,26 +353,30 @@ def sample(
     loaders = {key: load for contest in contests for key, load in contest.items()}
     seconds: dict[KeyT, list[float]] = {key: [] for key in loaders}
     calls: dict[KeyT, Call] = {}
-    with timing.collector_paused():
+    index = 0
+
+    def turn(contest: Mapping[KeyT, Loader]) -> dict[KeyT, float]:
+        return _alternate({key: calls[key] for key in contest}, timer, index)
+
+    with contextlib.closing(timing.in_rounds(dict(enumerate(contests)), turn)) as rounds:
         started = time.perf_counter()
-        for index in itertools.count():
-            spent = time.perf_counter() - started
-            if index >= (settings.rounds or FEWEST_ROUNDS) and (settings.rounds or spent >= settings.min_time):
-                return seconds
+        while index < (settings.rounds or FEWEST_ROUNDS) or (
+            not settings.rounds and time.perf_counter() - started < settings.min_time
+        ):
             if index % _ROUNDS_OF_A_LOADING == 0:
                 tell(index, settings.rounds, "loading")
                 calls.clear()
                 calls.update(_loaded(loaders, index // _ROUNDS_OF_A_LOADING))
             tell(index, settings.rounds, f"timing, round {index + 1}")
-            for contest in timing.in_turn(contests, index):
-                for key, median in _alternate({key: calls[key] for key in contest}, timer, index).items():
+            for medians in next(rounds).values():
+                for key, median in medians.items():
                     seconds[key].append(median)
-    raise AssertionError  # count() never ends
+            index += 1
+    return seconds
 
 
 def _loaded(loaders: Mapping[KeyT, Loader], index: int) -> dict[KeyT, Call]:
     """All contestants, warmed up."""
-    gc.collect()  # now, and not in the middle of somebody's turn
     calls = {key: loaders[key]() for key in timing.in_turn(loaders, index)}
     for call in [*calls.values()] * _WARMUPS:
         call()
@@ -382,13 +384,13 @@ def _loaded(loaders: Mapping[KeyT, Loader], index: int) -> dict[KeyT, Call]:
 
 
 def _alternate(calls: Mapping[KeyT, Call], timer: Timer, index: int) -> dict[KeyT, float]:
-    """Median seconds of those who are compared: one inference of each in turn, so that a slow moment falls on all."""
-    seconds: dict[KeyT, list[float]] = {key: [] for key in calls}
-    while sum(map(sum, seconds.values())) < _TURN * len(calls):
-        for key in timing.in_turn(calls, index):
-            seconds[key].append(timer(calls[key]))
-        index += 1
-    return {key: statistics.median(values) for key, values in seconds.items()}
+    """Median seconds of those who are compared, of rounds of one inference each."""
+    found: list[dict[KeyT, float]] = []
+    for seconds in timing.in_rounds(calls, timer, index):
+        found.append(seconds)
+        if sum(sum(each.values()) for each in found) >= _TURN * len(calls):
+            break
+    return {key: statistics.median(each[key] for each in found) for key in calls}
 
 
 def _about(inputs: Inputs, settings: Settings) -> dict[str, Any]:
