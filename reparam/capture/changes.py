@@ -126,8 +126,7 @@ class Changes:
             reasons |= {
                 module: f"it may read the {name} of {type(module).__name__}, which is of a size"
                 for (module, name, _), value in zip(held, again, strict=True)
-                if module in self.kept and isinstance(value, (*_NUMBERS, tuple, list))
-                and not _is_same(value, _held(module, name))
+                if module in self.kept and _numbers(value) != _numbers(_held(module, name))
             }  # fmt: skip
         return reasons
 
@@ -143,6 +142,10 @@ def _outcome(run: Callable[[], Any], modules: Sequence[nn.Module]) -> Any:
 def _held(module: nn.Module, name: str) -> Any:
     found = next((values[name] for values in (module._buffers, module.__dict__) if name in values), None)
     return mapped(found, lambda leaf: leaf)
+
+
+def _numbers(value: Any) -> list[Any]:
+    return [leaf for leaf in leaves(value) if isinstance(leaf, _NUMBERS)]
 
 
 def _is_same(a: Any, b: Any) -> bool:
