@@ -65,6 +65,8 @@ class State:
             remembers: Whether a value holds something of the call that was made; what does not, is computed from
                 constants and sizes alone, and may be kept.
         """
+        if self._is_untouched(module):
+            return
         now = module.__dict__
         pairs = ((name, value, now.get(name)) for name, value in self.attributes[module].items())
         changed = [name for name, old, new in pairs if old is not new and _differ(old, new, remembers)]
@@ -75,6 +77,8 @@ class State:
 
     def changes(self, module: nn.Module) -> Iterator[str]:
         """The names of attributes that are not what they were, or do not hold what they held."""
+        if self._is_untouched(module):
+            return
         before, now = self.attributes[module], module.__dict__
         for name in before.keys() | now.keys() if before.keys() != now.keys() else before:
             old, new = before.get(name), now.get(name)
@@ -86,6 +90,16 @@ class State:
             elif not same_items(old, holder):
                 yield name
         yield from self._moved(module)
+
+    def _is_untouched(self, module: nn.Module) -> bool:
+        """Whether a module holds the very same objects, which is nearly always so, and quick to see."""
+        before, now = self.attributes[module], module.__dict__
+        return (
+            not self.hidden[module]
+            and before.keys() == now.keys()
+            and all(map(operator.is_, before.values(), now.values()))
+            and all(same_items(old, holder) for _, holder, old in self.contents[module])
+        )
 
     def _moved(self, module: nn.Module) -> list[str]:
         """The names of objects that are the same, and in another state."""
