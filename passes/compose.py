@@ -49,9 +49,7 @@ _PAIRS = {
     "AffineAfterAffine": _Pair((ChannelAffine,), (ChannelAffine,)),
     "PadBeforeConv": _Pair((Conv, AveragePool, Pad), (Pad,)),
     "CropAfterConv": _Pair((Pad,), (Conv,), _own_crop, explains=False),
-    "ConvAfterConv": _Pair(
-        (AnyConv, AveragePool, Permute), (AnyConv, AveragePool, Permute), _one_kernel, explains=False
-    ),
+    "ConvAfterConv": _Pair(_KERNELS, _KERNELS, _one_kernel, explains=False),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
@@ -48,7 +48,7 @@ def verify(a: nn.Module, b: nn.Module, inputs: Any, *, tolerance: float | None =
     return compare(run(a, args, kwargs), run(b, args, kwargs), tolerance)
 
 
-def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(inputs: Any) -> Call:
     """Example inputs, as people write them, as arguments of a call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -57,31 +57,21 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def clones(value: Any) -> Any:
-    """Arguments on copies of their tensors; what is one tensor twice is one copy twice."""
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with other tensors in the place of theirs; what is one tensor twice is one twice."""
     made: dict[int, Tensor] = {}
 
-    def clone(x: Tensor) -> Tensor:
+    def changed(x: Tensor) -> Tensor:
         if id(x) not in made:
-            made[id(x)] = x.clone()
+            made[id(x)] = change(x)
         return made[id(x)]
 
-    return torch.utils._pytree.tree_map_only(Tensor, clone, value)
+    return torch.utils._pytree.tree_map_only(Tensor, changed, value)
 
 
-def wider(call: Call) -> Call:
-    """A call with images, or rows, that are twice as large along their last axes, those of batch and channels not."""
-    made: dict[int, Tensor] = {}  # what is given twice is given twice
-
-    def twice(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            large = tensor
-            for axis in range(2, tensor.dim()):
-                large = torch.cat([large, large.flip(axis)], axis)
-            made[id(tensor)] = large
-        return made[id(tensor)]
-
-    return torch.utils._pytree.tree_map_only(Tensor, twice, call)  # type: ignore[no-any-return]
+def clones(value: Any) -> Any:
+    """Arguments on copies of their tensors."""
+    return with_tensors(value, torch.clone)
 
 
 def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

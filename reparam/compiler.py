@@ -473,7 +473,3 @@ def _finish(compiled: nn.Module, shared: frozenset[int], trainable: bool) -> Non
         # That of a copied script is none of ours to change.
         if parameter.is_leaf:
             parameter.requires_grad_(trainable and parameter.is_floating_point())
-
-
-def _why_untraced(captured: capturing.Capture) -> str | None:
-    return None if captured.traced else captured.remarks[-1].message

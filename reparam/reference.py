@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from reparam import capture as capturing
-from reparam.compare import TOLERANCES, Call, LargestMagnitude, compare, relative_error, run, wider
+from reparam.compare import TOLERANCES, Call, LargestMagnitude, compare, relative_error, run, with_tensors
 from reparam.errors import ConditionError, ReparamError, VerificationError
 from reparam.graph import measure
 from reparam.graph.evaluate import doubled
@@ -52,7 +52,7 @@ class Reference:
         if self.verify:
             # Other numbers: what a graph took for a constant of the model's, and came from an input, is not the same.
             # And other sizes, where there is Python that could have kept one in a place where nobody saw it.
-            others = [_mirrored(self.call), *([wider(self.call)] if self.writes else [])]
+            others = [_mirrored(self.call), *([capturing.larger(self.call)] if self.writes else [])]
             for call in others:
                 with contextlib.suppress(Exception):  # it may not take these, which the user has not asked for
                     self.calls.append((call, self._run(model, call)))
@@ -68,12 +68,15 @@ class Reference:
         """Compare the result with the model; raises VerificationError when they disagree."""
         if self.call is None or not self.verify:
             return None
+        outputs = [(self.expected, self._run(compiled, self.call))]
+        taken = self.calls[:1]
+        for call, expected in self.calls[1:]:
+            with contextlib.suppress(ConditionError):  # which other numbers and sizes may not meet
+                outputs.append((expected, self._run(compiled, call)))
+                taken.append((call, expected))
+        self.calls = taken
         try:
-            comparisons = [compare(self.expected, self._run(compiled, self.call))]
-            for call, expected in self.calls[1:]:
-                with contextlib.suppress(ConditionError):  # which other numbers and sizes may not meet
-                    comparisons.append(compare(expected, self._run(compiled, call)))
-            return max(comparisons, key=lambda comparison: comparison.largest_error)
+            return _worst(compare(expected, actual) for expected, actual in outputs)
         except VerificationError as error:
             if self._differs_from_run_to_run():
                 self.remarks.append(Remark("capture", "Verify", "", "its outputs differ from run to run; not compared"))
@@ -81,7 +84,7 @@ class Reference:
             comparison = (
                 self._compare_twins(compiled)
                 or self._compare_in_double(compiled)
-                or self._compare_beside_terms(compiled)
+                or self._compare_beside_terms(outputs)
             )
             if comparison is None:
                 raise
@@ -104,18 +107,18 @@ class Reference:
             return True
         return False
 
-    def _compare_beside_terms(self, compiled: nn.Module) -> Comparison | None:
+    def _compare_beside_terms(self, outputs: Sequence[tuple[Any, Any]]) -> Comparison | None:
         """The comparison where terms may cancel, so that little but rounding is left; None when there is an error."""
-        model, comparison = capturing.in_eval_mode(self.model), None
-        for call, expected in self.calls:
+        model, comparisons = capturing.in_eval_mode(self.model), []
+        for (call, _), (expected, actual) in zip(self.calls, outputs, strict=True):
             largest = LargestMagnitude()
             with below(largest):
                 self._run(model, call)
             try:
-                comparison = compare(expected, self._run(compiled, call), scale=largest.value)
+                comparisons.append(compare(expected, actual, scale=largest.value))
             except VerificationError:
                 return None
-        return comparison
+        return _worst(comparisons)
 
     def _compare_twins(self, compiled: nn.Module) -> Comparison | None:
         """The comparison in float64 throughout, None where there is none that agrees.
@@ -154,14 +157,13 @@ class Reference:
         calls = [_double(call) for call, _ in self.calls]
         outputs = [(self._run(model, call), self._run(compiled, call)) for call in calls]
         try:
-            comparisons = [compare(expected, actual, tolerance) for expected, actual in outputs]
+            return _worst(compare(expected, actual, tolerance) for expected, actual in outputs)
         except VerificationError:
             if tolerance is not None:
                 raise
             amplified = [self._amplified(call, expected) for call, (expected, _) in zip(calls, outputs, strict=True)]
             allowed = min(_ROUNDINGS * max(amplified), 1.0)
-            comparisons = [compare(expected, actual, allowed) for expected, actual in outputs]
-        return max(comparisons, key=lambda comparison: comparison.largest_error)
+            return _worst(compare(expected, actual, allowed) for expected, actual in outputs)
 
     def _amplified(self, call: Call, expected: Any) -> float:
         """How far the model is from itself in float64 when its numbers and its inputs are changed by an ulp or two."""
@@ -171,7 +173,7 @@ class Reference:
             model = capturing.private_copy(self.model).double()
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = nudge(tensor.data)
-            nudged = torch.utils._pytree.tree_map_only(Tensor, nudge, call)
+            nudged = with_tensors(call, nudge)
             largest = max(largest, compare(expected, self._run(model, nudged), math.inf).largest_error)
         return largest
 
@@ -183,18 +185,17 @@ class Reference:
             return measure.multiply_adds_of(Frozen(self._called(compiled)), *self.call)
 
 
+def _worst(comparisons: Iterable[Comparison]) -> Comparison:
+    return max(comparisons, key=lambda comparison: comparison.largest_error)
+
+
 def _mirrored(call: Call) -> Call:
     """A call with other numbers, of which each is as good as before: tensors are reversed along their last axes."""
-    made: dict[int, Tensor] = {}  # what is given twice is given twice
-
-    def mirrored(tensor: Tensor) -> Tensor:
-        return made.setdefault(id(tensor), tensor.flip(-1) if tensor.dim() else tensor)
-
-    return torch.utils._pytree.tree_map_only(Tensor, mirrored, call)  # type: ignore[no-any-return]
+    return with_tensors(call, lambda tensor: tensor.flip(-1) if tensor.dim() else tensor)  # type: ignore[no-any-return]
 
 
 def _double(value: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, doubled, value)
+    return with_tensors(value, doubled)
 
 
 def _is_rounded(model: nn.Module, exact: nn.Module) -> bool:

@@ -12,3 +12,4 @@ from reparam.capture.program import capture_parts as capture_parts
 from reparam.capture.program import record as record
 from reparam.capture.state import move_hooks as move_hooks
 from reparam.capture.state import unchanged as unchanged
+from reparam.capture.structures import larger as larger

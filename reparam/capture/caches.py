@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reparam.capture.state import State, writes_undone
-from reparam.capture.structures import resized
-from reparam.compare import compare
+from reparam.capture.structures import of_sizes
+from reparam.compare import clones, compare
 
 # Added to the sizes of an example, or what they are multiplied by.
 _OTHERS = (lambda size: size // 2, lambda size: 2 * size, lambda size: size + 32, lambda size: size + 1)
@@ -87,7 +86,7 @@ def _run(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
     if call is None:
         return None
     try:
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, call)
+        args, kwargs = clones(call)
         with writes_undone(state.attributes):
             return root.forward(*args, **kwargs)
     except Exception:
@@ -100,19 +99,15 @@ def _run(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
 def _other(root: nn.Module, call: Any, state: State, restore: bool = True) -> Any:
     """A call with inputs of another size that the model takes, run once; None where there is none."""
     for change in _OTHERS:
-        other = torch.utils._pytree.tree_map_only(Tensor, partial(_resized, change), call)
+        other = of_sizes(call, change)
         if _run(root, other, state, restore) is not None:
             return other
         state.restore(state.attributes)
     return None
 
 
-def _resized(change: Callable[[int], int], x: Tensor) -> Tensor:
-    return resized(x, {axis: change(x.shape[axis]) for axis in range(2, x.dim())})
-
-
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two outputs are the same numbers: what is computed anew is, to the last bit."""
+    """Whether two outputs are the same numbers: what is computed anew is, but for a few units in the last place."""
     try:
         compare(a, b, 1e-12)
     except Exception:

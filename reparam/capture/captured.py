@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node
 
 from reparam.capture.sizes import Number
+from reparam.compare import Call as Call
 from reparam.graph.conditions import Argument
 from reparam.report import Remark
-
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass

@@ -90,13 +90,13 @@ class Changes:
         return None
 
     def unstable(
-        self, run: Callable[[], Any], wider: Callable[[], Any], graph: Callable[[], Any] | None
+        self, run: Callable[[], Any], larger: Callable[[], Any], graph: Callable[[], Any] | None
     ) -> dict[nn.Module, str]:
         """The modules that change, and compute or hold something else at a second call; and why.
 
         Args:
             run: Calls the model.
-            wider: Calls it with inputs of another size.
+            larger: Calls it with larger inputs.
             graph: Computes what was recorded of it, if it is a graph.
         """
         changed = {module: names for module in self.modules if (names := [*self.state.changes(module)])}
@@ -121,7 +121,7 @@ class Changes:
                 said = "it computes something else when it is called again"
                 reasons |= dict.fromkeys(changed.keys() - self.kept or changed, said)
         once.restore(self.modules)
-        if self.kept & changed.keys() and not isinstance(_outcome(wider, self.modules), Exception):
+        if self.kept & changed.keys() and not isinstance(_outcome(larger, self.modules), Exception):
             # Nobody sees who reads a number that Python keeps.
             reasons |= {
                 module: f"it may read the {name} of {type(module).__name__}, which is of a size"

@@ -25,6 +25,7 @@ from reparam.capture.sizes import SYMBOLIC, Number, hinted
 from reparam.capture.state import UnrecordableError
 from reparam.capture.structures import leaves, mapped, resized
 from reparam.capture.tape import Tape
+from reparam.compare import with_tensors
 from reparam.errors import first_line
 from reparam.graph import facts
 from reparam.graph.conditions import select
@@ -66,7 +67,7 @@ def other_calls(call: Any) -> Iterator[Any]:
     if not images or len({image.shape[2:] for image in images}) > 1:
         return
     for sides in itertools.product(_SIDES, repeat=2):
-        yield torch.utils._pytree.tree_map_only(Tensor, partial(_resized, sides), call)
+        yield with_tensors(call, partial(_resized, sides))
 
 
 def _resized(sides: tuple[int, ...], x: Tensor) -> Tensor:

@@ -28,10 +28,9 @@ from reparam.capture.copies import storage_of, tensor_storages, tensors_in
 from reparam.capture.paths import DifferError, in_all_ways
 from reparam.capture.sizes import OURS, SYMBOLIC, hinted
 from reparam.capture.state import UnrecordableError, Writes
-from reparam.capture.structures import leaves, mapped
+from reparam.capture.structures import larger, leaves, mapped
 from reparam.capture.tape import Frame, RestartError, Tape, tidy
 from reparam.capture.watching import Net, Seen, Watched
-from reparam.compare import wider
 from reparam.errors import first_line
 from reparam.graph import aliasing, facts
 from reparam.graph.conditions import Argument, kind_of
@@ -140,7 +139,7 @@ class Session(Calls):
         graph = partial(replayed, recorded, calls[0][1]) if recorded.traced else None
         above = {child: module for module in self.modules for child in module.children()}
         stays = {}
-        for module, reason in self.changes.unstable(run, partial(run, wider), graph).items():
+        for module, reason in self.changes.unstable(run, partial(run, larger), graph).items():
             # Where that did not help, it is for the one around it: nobody calls what only holds something.
             while (module in self.opaque or module in self.changes.kept) and module is not self.root:
                 module = above[module]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reparam.compare import with_tensors
+
 
 def leaves(value: Any) -> Iterator[Any]:
     """What nested tuples, lists, dicts and slices hold."""
@@ -37,6 +39,16 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if type(value) is slice:
         return slice(function(value.start), function(value.stop), function(value.step))
     return function(value)
+
+
+def of_sizes(call: Any, change: Callable[[int], int]) -> Any:
+    """A call like one, with other sizes behind those of batch and channels."""
+    return with_tensors(call, lambda x: resized(x, {axis: change(x.shape[axis]) for axis in range(2, x.dim())}))
+
+
+def larger(call: Any) -> Any:
+    """A call with images, or rows, that are twice as large."""
+    return of_sizes(call, lambda size: 2 * size)
 
 
 def resized(x: Tensor, sizes: Mapping[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def called(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _called(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What an operator returns."""
     if func is torch.ops.aten.convolution.default and not kwargs and args[8] > 1:
         x, weight, bias, stride, padding, dilation, transposed = args[:7]
@@ -65,4 +65,4 @@ class ByTap(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return called(func, args, kwargs or {})
+        return _called(func, args, kwargs or {})

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from reparam.algebra import AnyConv, Conv, Operator
 from reparam.algebra.cost import Choice, Cost
-from reparam.compare import compare, run
+from reparam.compare import Call, clones, compare, run
 from reparam.deploy.layers import layers as layers_of
 from reparam.deploy.model import CompiledModel
 from reparam.errors import ReparamError, VerificationError, first_line
@@ -33,7 +33,6 @@ from reparam.tuning.decisions import Decision, Decisions
 from reparam.tuning.variants import Variant
 
 Run: TypeAlias = Callable[[], object]
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 # One kernel that takes so many times the multiply-adds of several is not worth a look at the clock.
 _HOPELESS = 4.0
@@ -287,7 +286,7 @@ class Race:
 
     def _timed(self, model: nn.Module) -> Callable[[], Run]:
         def start() -> Run:
-            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, self.call)
+            args, kwargs = clones(self.call)
             return _without_gradients(lambda: model(*args, **kwargs), device_of(model))
 
         return start

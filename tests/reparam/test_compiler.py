@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.compare import compare
-from reparam.errors import CaptureError, ReparamError, VerificationError
+from reparam.errors import CaptureError, ConditionError, ReparamError, VerificationError
 from support import count_calls, randomise
 
 
@@ -532,6 +532,30 @@ def test_a_selection_that_rounding_changes_is_compared_in_double(keep_python: bo
     assert not torch.equal(result(x), model(x))  # or there is nothing to compare
     assert result.report.after.norms == 0
     assert (result.report.comparison.largest_error, result.report.comparison.tolerance) == (0.0, 1e-9)
+
+
+def test_rounding_is_told_from_error_where_other_sizes_are_refused() -> None:
+    """The part asks for a value, so the result is compared at another size, too, which it does not take."""
+
+    class Checks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.isfinite().all() else x.nan_to_num()
+
+    class AtOneSize(Selects):
+        def __init__(self) -> None:
+            super().__init__()
+            self.checks = Checks()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.checks(x)) * (1 if x.shape[3] < 300 else 2)
+
+    torch.manual_seed(1)
+    model, x = randomise(AtOneSize()).eval(), torch.randn(1, 3, 256, 256)
+    result: Any = reparam.compile(model, x, sizes="example")
+    assert not torch.equal(result(x), model(x))  # or there is nothing to compare
+    assert result.report.after.norms == 0
+    with pytest.raises(ConditionError):
+        result(torch.randn(1, 3, 256, 512))
 
 
 def test_a_selection_that_is_wrong_is_told_from_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,18 +29,6 @@ X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")
-def digits() -> nn.Module:
-    return randomise(models.create("repvit_digits")).eval()
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, digits: nn.Module) -> Path:
-    path = tmp_path / "digits.pth"
-    torch.save({"model": digits.state_dict(), "epoch": 3}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory, digits: nn.Module) -> Path:
     """A deploy file, written once for all tests that only read it."""
     folder = tmp_path_factory.mktemp("fused")

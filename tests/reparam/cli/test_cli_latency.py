@@ -12,22 +12,8 @@ from torch import nn
 
 import reparam
 from commands import run
-from reparam import models
 from reparam.timing import Duel
 from reparam.tuning import latency
-from support import randomise
-
-
-@pytest.fixture(scope="module")
-def digits() -> nn.Module:
-    return randomise(models.create("repvit_digits")).eval()
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, digits: nn.Module) -> Path:
-    path = tmp_path / "digits.pth"
-    torch.save(digits.state_dict(), path)
-    return path
 
 
 @pytest.fixture
