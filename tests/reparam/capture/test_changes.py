@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam
-from reparam.errors import ConditionError
+from reparam.errors import ConditionError, VerificationError
 from reparam.modes import below, modes_kept
 
 X = normal(2, 3, 8, 8)
@@ -178,3 +178,28 @@ def test_who_reads_a_size_that_python_keeps_stays_python(options: dict[str, Any]
     compiled = reparam.compile(module, **options)
     for x in (X, normal(1, 3, 12, 9)):
         assert_same(module, compiled, x)
+
+
+def test_a_size_that_is_kept_where_nobody_sees_it_is_told() -> None:
+    """In no module, and in nothing that one holds: the result is compared at another size, and refused."""
+    kept = {}
+
+    def keeps(self: Any, x: Tensor) -> Tensor:
+        kept["size"] = tuple(x.shape[2:])
+        return x[..., ::2, ::2] if x.sum() > 0 else x[..., 1::2, ::2]
+
+    module = net(lambda s, x: F.interpolate(s.part(s.block(x)), size=kept["size"]), part=model(keeps))
+    with pytest.raises(VerificationError):
+        reparam.compile(module, X)
+
+
+def test_a_decision_by_random_numbers_is_made_at_every_call() -> None:
+    """They depend on nothing but a size, and are no constants for it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return x * 2 if torch.bernoulli(torch.full_like(x[0, 0, 0], 0.5)).sum() >= 4 else x
+
+    compiled = reparam.compile(net(forward), X, sizes="example")
+    torch.manual_seed(0)
+    assert len({compiled(X).sum().item() for _ in range(20)}) == 2
